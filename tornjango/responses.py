@@ -39,6 +39,7 @@ class State(enum.Enum):
 
 class Event(enum.Enum):
     PREPARE = "prepare"
+    COMPLETE = "complete"
     FINISH = "finish"
     FAIL = "fail"
     EXPIRE = "expire"
@@ -54,7 +55,7 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
         Event.CLOSE: State.CLOSED,
     },
     State.PREPARING: {
-        Event.FINISH: State.FINISHED,
+        Event.COMPLETE: State.FINISHED,
         Event.FAIL: State.FAILED,
         Event.EXPIRE: State.EXPIRED,
         Event.CLOSE: State.CLOSED,
@@ -252,7 +253,7 @@ class DeferredResponse:
 
         Never raises: on a response that has ended, ``exc`` is logged with the view's name.
         """
-        if self.state is State.CLOSED or self.ended:
+        if self.ended:
             logger.error(
                 "%s failed after its response was %s",
                 self.view_name,
@@ -261,7 +262,7 @@ class DeferredResponse:
                 extra={"request": self.request},
             )
             return
-        self.state = State.FAILED
+        self._step(Event.FAIL, "fail")
         self._driver.fail(exc)
         self._cancel_tasks()
 
@@ -269,15 +270,14 @@ class DeferredResponse:
 
     def complete(self, response: HttpResponseBase) -> None:
         """What was being prepared is there."""
-        if self.state is State.PREPARING:
-            self.state = State.FINISHED
+        if not self.ended:
+            self._step(Event.COMPLETE, "complete")
             self._driver.deliver(response)
-            self._cancel_tasks()
 
     def expire(self, response: HttpResponseBase) -> None:
-        """Time is up: ``response`` is the answer, unless there is one already."""
+        """Time is up: ``response`` is the answer, unless there is one; what is under way is cancelled."""
         if not self.ended:
-            self.state = State.EXPIRED
+            self._step(Event.EXPIRE, "expire")
             self._driver.deliver(response)
             self._cancel_tasks()
 
@@ -285,12 +285,12 @@ class DeferredResponse:
         """The client has left: its callbacks are called, and everything still under way is cancelled."""
         if self.ended:
             return
-        self.state = State.CLOSED
+        self._step(Event.CLOSE, "close")
         for callback in self._close_callbacks:
             try:
                 self.context.run(callback)
-            except Exception:
-                logger.exception("on_close of %s failed", self.view_name)
+            except Exception:  # the others are to be called all the same
+                logger.exception("A function given to on_close by %s failed", self.view_name)
         self._cancel_tasks()
 
     def on_close(self, callback: Callable[[], object]) -> None:
@@ -301,8 +301,11 @@ class DeferredResponse:
             self._close_callbacks.append(callback)
 
     def track(self, task: asyncio.Future[Any]) -> None:
-        """Has ``task`` cancelled when the response ends, in whichever way."""
-        if self.ended:
+        """Has ``task`` cancelled if the response fails, times out, or is left by its client.
+
+        After an ordinary end it runs on: what a view has set going is not lost because it answered early.
+        """
+        if self.ended and self.state is not State.FINISHED:
             task.cancel()
         else:
             self._tasks.add(task)
@@ -317,11 +320,8 @@ class DeferredResponse:
         return following is not State.CLOSED
 
     def _end_with(self, response: HttpResponseBase) -> None:
-        if self.state is State.PREPARING:
-            raise self._error("finish")
         if self._step(Event.FINISH, "finish"):
             self._driver.deliver(response)
-            self._cancel_tasks()
 
     def _dressed(self, response: HttpResponseBase) -> HttpResponseBase:
         """``response`` with the headers, the cookies and the status that were set on this one."""
@@ -335,7 +335,7 @@ class DeferredResponse:
         return response
 
     def _cancel_tasks(self) -> None:
-        """Cancels what is still under way, save the callback that is just ending the response."""
+        """Cancels what is still under way, save the task that calls this."""
         try:
             running = asyncio.current_task()
         except RuntimeError:  # no loop in this thread

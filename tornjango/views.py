@@ -1,0 +1,270 @@
+"""The three kinds of view, and how each is made into what Django's handler calls: a function that is awaited."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import enum
+import functools
+import inspect
+import logging
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
+from os import PathLike
+from typing import Any, overload
+
+from asgiref.sync import iscoroutinefunction, sync_to_async
+from django.http import FileResponse, Http404, HttpRequest, HttpResponse
+from django.http.response import HttpResponseBase
+
+from tornjango import responses, templates
+from tornjango.conf import get_config
+from tornjango.db import query as db
+from tornjango.exceptions import Overloaded
+from tornjango.responses import DeferredResponse
+
+logger = logging.getLogger("tornjango.views")
+
+View = Callable[..., Any]
+AsyncView = Callable[..., Awaitable[HttpResponseBase]]
+
+
+class Kind(enum.Enum):
+    DEFERRED = "deferred"
+    ASYNC = "async"
+    SYNC = "sync"
+
+
+def view_name(view: View) -> str:
+    """``module.qualname``, through ``functools.partial`` and callable instances."""
+    if isinstance(view, functools.partial):
+        return view_name(view.func)
+    view = getattr(view, "view_class", view)
+    named = view if hasattr(view, "__qualname__") else type(view)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def kind_of(view: View, groups: Collection[str] = ()) -> Kind:
+    """How a view is called. ``groups`` are the names that its URL pattern fills.
+
+    Deferred is a view marked with ``@deferred``, or whose second parameter is named ``response`` and filled by no group.
+    """
+    if hasattr(view, "_deferred_view") or _response_position(view, groups) is not None:
+        return Kind.DEFERRED
+    return Kind.ASYNC if iscoroutinefunction(view) else Kind.SYNC
+
+
+def method_kinds(view: View, groups: Collection[str] = ()) -> dict[str, Kind]:
+    """The kind of each HTTP method of a class-based view; ``{}`` for any other view."""
+    view_class = getattr(view, "view_class", None)
+    if view_class is None:
+        return {}
+    return {
+        name.upper(): kind_of(functools.partial(handler, None), groups)
+        for name in view_class.http_method_names
+        if name != "options" and (handler := getattr(view_class, name, None))
+    }
+
+
+def adapt(view: View, groups: Collection[str] = ()) -> AsyncView:
+    """What is awaited to call ``view``. Work for the start of the server: a request only calls the result."""
+    kinds = method_kinds(view, groups)
+    if Kind.DEFERRED in kinds.values():
+        return _guarded(_by_method(view, kinds), view)
+    if kind_of(view, groups) is Kind.DEFERRED and not hasattr(view, "_deferred_view"):
+        return _guarded(deferred(view), view)
+    return _guarded(view if iscoroutinefunction(view) else sync_to_async(view), view)
+
+
+def _by_method(view: View, kinds: Mapping[str, Kind]) -> AsyncView:
+    """A class-based view some of whose methods are deferred: ``as_view()`` hands the response through to them."""
+    deferred_view = deferred(view)
+    other: AsyncView = view if iscoroutinefunction(view) else sync_to_async(view)
+
+    async def call(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
+        # View.setup() lets HEAD be answered by get() where there is no head().
+        method = "GET" if request.method == "HEAD" and "HEAD" not in kinds else request.method
+        chosen = deferred_view if kinds.get(method or "") is Kind.DEFERRED else other
+        return await chosen(request, *args, **kwargs)
+
+    return call
+
+
+def _guarded(call: AsyncView, view: View) -> AsyncView:
+    """``call``, with a full queue answered as what it is: come back later."""
+
+    @functools.wraps(view, updated=())
+    async def guarded(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
+        try:
+            return await call(request, *args, **kwargs)
+        except Overloaded as exc:
+            logger.warning("%s is answered 503: %s", view_name(view), exc)
+            return HttpResponse(
+                "The server is busy. Please try again in a moment.",
+                status=503,
+                content_type="text/plain",
+                headers={"Retry-After": str(exc.retry_after)},
+            )
+
+    return guarded
+
+
+def _response_position(view: View, groups: Collection[str]) -> int | None:
+    """Where a view takes its response: 1 in ``view(request, response)``, 2 in a method's signature."""
+    try:
+        names = list(inspect.signature(view).parameters)
+    except (TypeError, ValueError):  # builtins have no signature
+        return None
+    if "response" in groups:
+        return None
+    for position in (1, 2):
+        if names[position : position + 1] == ["response"]:
+            # A second parameter; or a third one, behind the self of a method.
+            return position if position == 1 or names[0] == "self" else None
+    return None
+
+
+@overload
+def deferred(view: View, *, timeout: float | None = None) -> AsyncView: ...
+@overload
+def deferred(view: None = None, *, timeout: float | None = None) -> Callable[[View], AsyncView]: ...
+def deferred(
+    view: View | None = None, *, timeout: float | None = None
+) -> AsyncView | Callable[[View], AsyncView]:
+    """Makes ``view(request, response, ...)`` an async view that answers when ``response`` is ended.
+
+    ``timeout`` is how long that may take, in seconds (``TORNJANGO["RESPONSE_TIMEOUT"]`` unless given); after it the
+    answer is 504 and the log names the view. When the client leaves, what the view still waits for is cancelled. The
+    result is an ordinary async view to Django: it works in the test client and under any ASGI or WSGI server.
+    """
+    if view is None:
+        return functools.partial(deferred, timeout=timeout)  # type: ignore[return-value]
+    position = _response_position(view, ()) or 1
+    name = view_name(view)
+
+    @functools.wraps(view, updated=())
+    async def wrapper(*args: Any, **kwargs: Any) -> HttpResponseBase:
+        call = _Call(args[position - 1], name)
+        limit = timeout if timeout is not None else get_config().RESPONSE_TIMEOUT
+        arguments = (*args[:position], call.response, *args[position:])
+        return await call.run(functools.partial(view, *arguments, **kwargs), limit)
+
+    wrapper._deferred_view = view  # type: ignore[attr-defined]
+    for attribute, value in vars(view).items():  # csrf_exempt and its like
+        wrapper.__dict__.setdefault(attribute, value)
+    return wrapper
+
+
+class _Call:
+    """One call of a deferred view: carries out what its response asks for, and waits for its end."""
+
+    def __init__(self, request: HttpRequest, name: str) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.answer: asyncio.Future[HttpResponseBase] = self.loop.create_future()
+        self.response = DeferredResponse(request, self, view_name=name)
+        self.response.context.run(responses.current.set, self.response)
+
+    async def run(self, view: Callable[[], Any], timeout: float) -> HttpResponseBase:
+        """Raises what the view, or one of its callbacks, raised."""
+        timer = self.loop.call_later(timeout, self._expire, timeout)
+        try:
+            self._returned(self.response.context.run(view))
+            return await self.answer
+        except asyncio.CancelledError:
+            self.response.close()
+            raise
+        except Exception as exc:
+            if not self.response.ended:  # raised by the view itself: end what it has set going
+                self.response.fail(exc)
+                self.answer.exception()
+            raise
+        finally:
+            timer.cancel()
+            _bring_back(self.response.context)
+
+    def _returned(self, result: Any) -> None:
+        """A view may hand back a response after all, as decorators do that turn a request away."""
+        if inspect.isawaitable(result):
+            self._start(_awaited(result), self._returned)
+        elif isinstance(result, HttpResponseBase):
+            self.response.finish(result)
+        elif result is not None:
+            raise TypeError(
+                f"{self.response.view_name} is a deferred view and returned {type(result).__name__}. "
+                "It must end its response, or return an HttpResponse, or None to end it later."
+            )
+
+    def _start(self, work: Coroutine[Any, Any, Any], done: Callable[[Any], None]) -> None:
+        task = self.loop.create_task(work, context=self.response.context)
+        self.response.track(task)
+        task.add_done_callback(functools.partial(self._done, done), context=self.response.context)
+
+    def _done(self, done: Callable[[Any], None], task: asyncio.Task[Any]) -> None:
+        if task.cancelled():
+            if not self.response.ended:
+                self.response.fail(RuntimeError(f"{self.response.view_name} cancelled itself."))
+            return
+        try:
+            done(task.result())
+        except Exception as exc:
+            self.response.fail(exc)
+
+    def _expire(self, timeout: float) -> None:
+        if self.response.ended:
+            return
+        logger.error(
+            "%s did not end its response within %g s; it is answered 504",
+            self.response.view_name,
+            timeout,
+            extra={"status_code": 504, "request": self.response.request},
+        )
+        message = "The server did not answer in time."
+        self.response.expire(HttpResponse(message, status=504, content_type="text/plain"))
+
+    # What a DeferredResponse asks of its driver
+
+    def deliver(self, response: HttpResponseBase) -> None:
+        if not self.answer.done():
+            self.answer.set_result(response)
+
+    def fail(self, exc: BaseException) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(exc)
+
+    def start(self, work: Coroutine[Any, Any, HttpResponseBase]) -> None:
+        self._start(work, self.response.complete)
+
+    async def render(
+        self, template: str | Iterable[str], context: Mapping[str, Any] | None, using: str | None
+    ) -> str:
+        names = template if isinstance(template, str) else list(template)
+        context = await fetched(dict(context or {}))
+        return templates.render(names, context, self.response.request, using=using)
+
+    async def open_file(self, path: str | PathLike[str], **options: Any) -> HttpResponseBase:
+        try:
+            file = await sync_to_async(open)(path, "rb")
+        except (FileNotFoundError, IsADirectoryError) as exc:
+            raise Http404(f"There is no file {path}.") from exc
+        return FileResponse(file, **options)
+
+
+async def fetched(context: dict[str, Any]) -> dict[str, Any]:
+    """``context``, its unevaluated querysets filled, several at once side by side, so that rendering queries nothing."""
+    querysets = list(templates.querysets(context).values())
+    rows = await asyncio.gather(*(db.fetch(queryset) for queryset in querysets))
+    for queryset, result in zip(querysets, rows, strict=True):
+        queryset._result_cache = result
+    return context
+
+
+async def _awaited(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+def _bring_back(context: contextvars.Context) -> None:
+    """Gives the caller what the view set in its context, a language activated in the view, say, as asgiref does."""
+    for variable, value in context.items():
+        if variable is responses.current:
+            continue
+        if variable.get(None) is not value:
+            variable.set(value)

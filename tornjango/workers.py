@@ -1,0 +1,109 @@
+"""The worker threads: a bounded pool for everything sync, with Django's per-thread state kept as its own handlers do.
+
+Each call begins and ends like a request of Django's WSGI handler: connections past their age are closed, on the thread
+that opened them, and no transaction is left open for whoever uses the thread next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
+
+from asgiref.sync import SyncToAsync, ThreadSensitiveContext
+from django.core.cache import close_caches
+from django.db import close_old_connections, connections, reset_queries
+
+from tornjango.exceptions import Overloaded
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+logger = logging.getLogger("tornjango.workers")
+
+
+class WorkerPool(ThreadPoolExecutor):
+    """At most ``threads`` threads, and ``queue`` calls waiting for one.
+
+    ``submit`` raises ``Overloaded`` when the queue is full; it never blocks.
+    """
+
+    def __init__(self, threads: int, queue: int) -> None:
+        super().__init__(threads, thread_name_prefix="tornjango-worker")
+        self._bound = threads + queue
+        self._unfinished = 0
+
+    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        if self._unfinished >= self._bound:
+            raise Overloaded(
+                f"All {self._max_workers} worker threads are busy and "
+                f"{self._bound - self._max_workers} calls wait for one "
+                '(TORNJANGO["THREADS"], TORNJANGO["THREADS_QUEUE"]).'
+            )
+        self._unfinished += 1
+        try:
+            future = super().submit(_in_worker, fn, *args, **kwargs)
+        except BaseException:
+            self._unfinished -= 1
+            raise
+        future.add_done_callback(self._finished)
+        return future
+
+    def _finished(self, future: Future[Any]) -> None:
+        self._unfinished -= 1
+
+
+def _in_worker(fn: Callable[..., R], *args: Any, **kwargs: Any) -> R:
+    reset_queries()
+    close_old_connections()
+    try:
+        return fn(*args, **kwargs)
+    finally:
+        _close_abandoned_transactions()
+        close_old_connections()
+        close_caches()
+
+
+def _close_abandoned_transactions() -> None:
+    """A transaction begun in one call and meant for the next would be met by another request."""
+    for connection in connections.all(initialized_only=True):
+        if connection.in_atomic_block:
+            logger.error(
+                "A call in a worker thread left a transaction open on database %r; it is rolled back. "
+                "Begin and end a transaction in one function.",
+                connection.alias,
+            )
+            connection.close()
+            connection.in_atomic_block = False
+            connection.savepoint_ids.clear()
+            connection.atomic_blocks.clear()
+            connection.run_on_commit.clear()
+            connection.needs_rollback = False
+            connection.closed_in_transaction = False
+
+
+class Workers:
+    """Sends every ``sync_to_async`` call, and the loop's default executor, to one :class:`WorkerPool`.
+
+    asgiref looks for the executor of thread-sensitive code in the current context: a request enters it, once.
+    """
+
+    def __init__(self, threads: int, queue: int) -> None:
+        self.pool = WorkerPool(threads, queue)
+        self._key = ThreadSensitiveContext()
+        SyncToAsync.context_to_thread_executor[self._key] = self.pool
+
+    def enter(self) -> None:
+        """Makes ``sync_to_async`` in the current context, and in tasks started from it, use the pool."""
+        SyncToAsync.thread_sensitive_context.set(self._key)
+
+    def install(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Makes the pool the loop's default executor."""
+        loop.set_default_executor(self.pool)
+
+    def close(self) -> None:
+        """No more calls are taken; those under way go on until they return."""
+        SyncToAsync.context_to_thread_executor.pop(self._key, None)
+        self.pool.shutdown(wait=False, cancel_futures=True)
