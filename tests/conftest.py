@@ -112,7 +112,7 @@ def own_postgres(_own_tables: Postgres) -> Iterator[Postgres]:
 def io_loop() -> Iterator[IOLoop]:
     """pytest-tornado's, without the calls that Tornado deprecates; tasks left over are cancelled at the end."""
     loop = IOLoop(make_current=False)
-    aio: asyncio.AbstractEventLoop = loop.asyncio_loop  # type: ignore[attr-defined]
+    aio: asyncio.AbstractEventLoop = loop.asyncio_loop
     asyncio.set_event_loop(aio)
     yield loop
     tasks = asyncio.all_tasks(aio)

@@ -190,7 +190,15 @@ class Postgres:
         self._pg_ctl("start", "-l", str(self.folder / "log"), "-o", options)
 
     def _watch(self) -> subprocess.Popen[bytes]:
-        command = ["sh", "-c", WATCH, "watch", _bin() / "pg_ctl", self.folder, self.socket]
+        command: list[str | Path] = [
+            "sh",
+            "-c",
+            WATCH,
+            "watch",
+            _bin() / "pg_ctl",
+            self.folder,
+            self.socket,
+        ]
         return subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
