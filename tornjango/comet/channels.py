@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from inspect import isawaitable, iscoroutinefunction
+from typing import Any, NamedTuple, TypeVar
+
+from asgiref.sync import sync_to_async
+from django.http import HttpRequest
+from django.urls.resolvers import RoutePattern
+
+from tornjango.comet.log import Channel, Limits
+from tornjango.conf import get_config
+from tornjango.exceptions import ChannelForbidden, CometError, ConfigurationError, UnknownChannel
+
+Authoriser = Callable[..., bool] | Callable[..., Awaitable[bool]]
+_A = TypeVar("_A", bound=Authoriser)
+
+MAX_NAME_LENGTH = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """A channel pattern, who may read it, and its own limits where it has any."""
+
+    pattern: str
+    route: RoutePattern
+    authoriser: Authoriser
+    history: int | None
+    ttl: float | None
+    max_bytes: int | None
+
+    @property
+    def limits(self) -> Limits:
+        config = get_config().COMET
+        return Limits(
+            self.history or config.HISTORY,
+            self.ttl or config.TTL,
+            self.max_bytes or config.MAX_BYTES,
+        )
+
+
+class Match(NamedTuple):
+    """A channel's name, resolved: its declaration and the values in the name."""
+
+    channel: Channel
+    authoriser: Authoriser
+    kwargs: dict[str, Any]
+
+
+_declared: dict[str, Declaration] = {}
+
+
+def channel(
+    pattern: str,
+    *,
+    history: int | None = None,
+    ttl: float | None = None,
+    max_bytes: int | None = None,
+) -> Callable[[_A], _A]:
+    """Declares the channels that ``pattern`` matches, over the function that says who may read them.
+
+    The pattern is written as in ``path()``: ``"entry:<int:pk>"``. The function is called as ``can_read(request, pk=7)``
+    for every poll, and answers whether this request may read; what it raises is handled as if a view had raised it. A
+    plain function may use the database and runs in a worker thread; an ``async def`` runs on the loop, which is cheaper.
+    ``history`` (messages), ``ttl`` (seconds) and ``max_bytes`` bound the channel's log, in place of the settings' values.
+
+    Declare channels in the ``channels`` module of an installed app, which is imported at start. The first declaration
+    that matches a name counts. Raises ConfigurationError for a pattern declared twice, or one that cannot be read.
+    """
+    for option, value in {"history": history, "ttl": ttl, "max_bytes": max_bytes}.items():
+        if value is not None and not value > 0:
+            raise ConfigurationError(
+                f"comet.channel({pattern!r}, {option}=...) must be positive, not {value!r}."
+            )
+
+    def declare(authoriser: _A) -> _A:
+        _declare(Declaration(pattern, _route(pattern), authoriser, history, ttl, max_bytes))
+        return authoriser
+
+    return declare
+
+
+def _route(pattern: str) -> RoutePattern:
+    route = RoutePattern(pattern, is_endpoint=True)
+    if pattern.count("<") != len(route.converters) or pattern.count(">") != len(route.converters):
+        raise ConfigurationError(
+            f"The channel pattern {pattern!r} has a bracket without its partner. "
+            'Write parameters as in path(): "entry:<int:pk>".'
+        )
+    return route
+
+
+def _declare(declaration: Declaration) -> None:
+    first = _declared.setdefault(declaration.pattern, declaration)
+    if first is not declaration:
+        raise ConfigurationError(
+            f"The channel {declaration.pattern!r} is declared twice: over {_name(first.authoriser)} "
+            f"and over {_name(declaration.authoriser)}. Remove one of them."
+        )
+
+
+def _name(authoriser: Authoriser) -> str:
+    return f"{authoriser.__module__}.{getattr(authoriser, '__qualname__', authoriser)}"
+
+
+def patterns() -> list[str]:
+    """The declared patterns, in the order in which they are tried."""
+    return list(_declared)
+
+
+def resolve(name: str) -> Match:
+    """What is declared for a channel's full name. Raises UnknownChannel if nothing is."""
+    if len(name) <= MAX_NAME_LENGTH:
+        for declaration in _declared.values():
+            if found := declaration.route.match(name):
+                return Match(Channel(name, declaration.limits), declaration.authoriser, found[2])
+    shown = name if len(name) <= MAX_NAME_LENGTH else f"{name[:MAX_NAME_LENGTH]}..."
+    raise UnknownChannel(f"There is no channel {shown!r}.")
+
+
+def resolve_all(names: Iterable[str]) -> list[Match]:
+    """Resolves the channels that one reader names, each once. Raises CometError for none or for too many."""
+    distinct = list(dict.fromkeys(names))
+    most = get_config().COMET.CHANNELS_PER_POLL
+    if not distinct:
+        raise CometError('Name at least one channel, as in "?channel=entry:7".')
+    if len(distinct) > most:
+        raise CometError(f"{len(distinct)} channels are too many at once; the most is {most}.")
+    return [resolve(name) for name in distinct]
+
+
+async def authorise(request: HttpRequest, matches: Iterable[Match]) -> None:
+    """Asks every channel's authoriser, the sync ones together in one worker thread. Raises ChannelForbidden."""
+    in_thread = [match for match in matches if not _is_async(match.authoriser)]
+    on_loop = [match for match in matches if _is_async(match.authoriser)]
+    if in_thread:
+        answers = await sync_to_async(_ask)(request, in_thread)
+        for match, answer in zip(in_thread, answers, strict=True):
+            # A sync wrapper around an async function answers with a coroutine, which is true whatever it will say.
+            _check(match, await answer if isawaitable(answer) else answer)
+    for match in on_loop:
+        _check(match, await match.authoriser(request, **match.kwargs))  # type: ignore[misc]
+
+
+def _ask(request: HttpRequest, matches: list[Match]) -> list[bool | Awaitable[bool]]:
+    return [match.authoriser(request, **match.kwargs) for match in matches]
+
+
+def _check(match: Match, allowed: bool) -> None:
+    if not allowed:
+        raise ChannelForbidden(f"This request may not read the channel {match.channel.name!r}.")
+
+
+def _is_async(authoriser: Authoriser) -> bool:
+    return iscoroutinefunction(authoriser) or iscoroutinefunction(type(authoriser).__call__)

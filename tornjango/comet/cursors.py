@@ -1,0 +1,71 @@
+"""Cursors as clients hold them: opaque, signed, and of bounded length.
+
+A cursor is, for each channel, a digest of its name, an epoch and an offset, in base64url with Django's signature behind it.
+The digest keeps it short whatever the names; it grants nothing, for every poll names its channels and is authorised for them.
+"""
+
+from __future__ import annotations
+
+import binascii
+import hashlib
+import struct
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Iterable, Mapping
+
+from django.core.signing import BadSignature, Signer
+
+from tornjango.comet.log import EPOCH_BYTES, Position
+from tornjango.conf import get_config
+from tornjango.exceptions import InvalidCursor
+
+_DIGEST_BYTES = 8
+_ENTRY = struct.Struct(f">{_DIGEST_BYTES}s{EPOCH_BYTES}sQ")
+_SEPARATOR = "."
+_SIGNATURE_LENGTH = 43
+
+# The number is the format's: a changed format gets a new one, so that old cursors are refused, not misread.
+_SALT = "tornjango.comet.cursor.1"
+
+_TRY_AGAIN = "Poll without a cursor to get a new one, and fetch the page's state afresh."
+
+
+def encode(positions: Mapping[str, Position]) -> str:
+    """The cursor that stands at these positions, by channel name."""
+    entries = b"".join(_ENTRY.pack(_digest(name), *where) for name, where in positions.items())
+    payload = urlsafe_b64encode(entries).rstrip(b"=").decode()
+    return _signer().sign(payload)
+
+
+def decode(cursor: str, names: Iterable[str]) -> dict[str, Position]:
+    """The positions that a cursor gives for these channels; one it does not know is left out.
+
+    Raises InvalidCursor for what ``encode`` did not make under this project's SECRET_KEY (or its fallbacks).
+    """
+    entries = {digest: Position(epoch, offset) for digest, epoch, offset in _entries(cursor)}
+    digests = {name: _digest(name) for name in names}
+    return {name: entries[digest] for name, digest in digests.items() if digest in entries}
+
+
+def _entries(cursor: str) -> Iterable[tuple[bytes, bytes, int]]:
+    if len(cursor) > _longest():
+        raise InvalidCursor(f"The cursor is too long. {_TRY_AGAIN}")
+    try:
+        payload = _signer().unsign(cursor)
+        data = urlsafe_b64decode(payload + "=" * (-len(payload) % 4))
+        return _ENTRY.iter_unpack(data)
+    except (BadSignature, binascii.Error, struct.error, UnicodeError) as error:
+        raise InvalidCursor(f"The cursor is not one of this site. {_TRY_AGAIN}") from error
+
+
+def _longest() -> int:
+    entries = get_config().COMET.CHANNELS_PER_POLL * _ENTRY.size
+    return -(-entries * 4 // 3) + len(_SEPARATOR) + _SIGNATURE_LENGTH
+
+
+def _signer() -> Signer:
+    return Signer(salt=_SALT, sep=_SEPARATOR)
+
+
+def _digest(name: str) -> bytes:
+    data = name.encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(data, digest_size=_DIGEST_BYTES).digest()

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections import deque
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+# Woken in one turn of the loop; then other events have theirs, so that ten thousand answers hold up nobody.
+_SLICE = 50
+
+# What a restarted server takes without trouble; readers that a drain sends away are spread out accordingly.
+_RETURNING_PER_SECOND = 500
+_SPREAD = (1.0, 30.0)
+
+
+class Waiter:
+    """One parked reader: woken by a message on any of its channels, by its time-out or by a drain."""
+
+    __slots__ = ("_future", "_woken", "channels")
+
+    def __init__(self, channels: Collection[str]) -> None:
+        self.channels = channels
+        self._future: asyncio.Future[None] | None = None
+        self._woken = False
+
+    async def wait(self, deadline: float) -> None:
+        """Returns once it was woken since the last call, or when the loop's time is ``deadline``."""
+        if not self._woken:
+            loop = asyncio.get_running_loop()
+            self._future = loop.create_future()
+            timer = loop.call_at(deadline, self.wake)
+            try:
+                await self._future
+            finally:
+                timer.cancel()
+                self._future = None
+        self._woken = False
+
+    def wake(self) -> None:
+        self._woken = True
+        # It may have been woken, timed out or cancelled already in this turn of the loop.
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
+
+
+class _Parked:
+    """The waiters of one event loop; only ``dirty`` is touched by other threads, under the lock of Waiters."""
+
+    __slots__ = ("by_channel", "count", "dirty", "draining", "queue", "spread")
+
+    def __init__(self) -> None:
+        self.by_channel: dict[str, dict[Waiter, None]] = {}
+        self.count = 0
+        self.dirty: set[str] = set()
+        self.draining = False
+        self.queue: deque[Waiter] = deque()
+        self.spread = 0.0
+
+    def add(self, waiter: Waiter) -> None:
+        self.count += 1
+        for channel in waiter.channels:
+            self.by_channel.setdefault(channel, {})[waiter] = None
+
+    def remove(self, waiter: Waiter) -> None:
+        self.count -= 1
+        for channel in waiter.channels:
+            waiters = self.by_channel[channel]
+            del waiters[waiter]
+            if not waiters:
+                del self.by_channel[channel]
+
+
+class Waiters:
+    """All parked readers of the process, by event loop and channel."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, _Parked] = WeakKeyDictionary()
+
+    @contextmanager
+    def registered(self, channels: Collection[str]) -> Iterator[Waiter]:
+        """A waiter that hears of every message from now on; forgotten at the end of the block."""
+        parked = self._here()
+        waiter = Waiter(channels)
+        parked.add(waiter)
+        try:
+            yield waiter
+        finally:
+            parked.remove(waiter)
+
+    def _here(self) -> _Parked:
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            return self._loops.setdefault(loop, _Parked())
+
+    def notify(self, channel: str) -> None:
+        """Wakes the readers of a channel, each on its own loop; may be called in any thread."""
+        with self._lock:
+            for loop, parked in list(self._loops.items()):
+                # A burst wakes once. A reader that registers after this line reads after the message was stored.
+                if channel not in parked.by_channel or channel in parked.dirty:
+                    continue
+                parked.dirty.add(channel)
+                self._schedule(loop, parked)
+
+    def _schedule(self, loop: asyncio.AbstractEventLoop, parked: _Parked) -> None:
+        try:
+            loop.call_soon_threadsafe(self._wake_dirty, loop, parked)
+        except RuntimeError:
+            if not loop.is_closed():
+                raise
+            # A loop closed under its tasks: nobody will ever read there.
+            del self._loops[loop]
+
+    def _wake_dirty(self, loop: asyncio.AbstractEventLoop, parked: _Parked) -> None:
+        with self._lock:
+            channels, parked.dirty = parked.dirty, set()
+        for channel in channels:
+            self._enqueue(loop, parked, parked.by_channel.get(channel, ()))
+
+    def _enqueue(
+        self, loop: asyncio.AbstractEventLoop, parked: _Parked, waiters: Collection[Waiter]
+    ) -> None:
+        idle = not parked.queue
+        parked.queue.extend(waiters)
+        if idle and parked.queue:
+            self._wake_slice(loop, parked)
+
+    def _wake_slice(self, loop: asyncio.AbstractEventLoop, parked: _Parked) -> None:
+        for _ in range(min(_SLICE, len(parked.queue))):
+            parked.queue.popleft().wake()
+        if parked.queue:
+            loop.call_soon(self._wake_slice, loop, parked)
+
+    def drain(self) -> int:
+        """Wakes everyone on the running loop and parks nobody there any more; returns how many were parked."""
+        loop, parked = asyncio.get_running_loop(), self._here()
+        least, most = _SPREAD
+        parked.draining = True
+        parked.spread = min(max(parked.count / _RETURNING_PER_SECOND, least), most)
+        everyone = dict.fromkeys(
+            waiter for waiters in parked.by_channel.values() for waiter in waiters
+        )
+        self._enqueue(loop, parked, everyone)
+        return parked.count
+
+    @property
+    def draining(self) -> bool:
+        """Whether the running loop has been drained."""
+        return self._here().draining
+
+    def retry(self) -> int:
+        """Milliseconds after which a reader should come back: 0, or once draining a random part of the spread."""
+        parked = self._here()
+        return round(random.uniform(0.2, parked.spread) * 1000) if parked.draining else 0
+
+    def count(self) -> int:
+        with self._lock:
+            return sum(parked.count for parked in self._loops.values())
