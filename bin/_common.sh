@@ -9,40 +9,47 @@ fail() {
     exit 1
 }
 
-# "3.13 /path/to/python", or nothing if it does not run (as a shim may not).
-with_version() {
-    "$1" -c 'import sys; print("%d.%d %s" % (sys.version_info[0], sys.version_info[1], sys.argv[1]))' "$1" 2>/dev/null || true
+# Prints "3.13", or nothing if $1 does not run (as a shim may not).
+version() {
+    "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true
 }
 
-# A line of `with_version` for each Python of this machine, most usual first.
+# Is version $1 a Python 3 from version $2 on?
+at_least() {
+    case $1 in 3.*) [ "${1#3.}" -ge "${2#3.}" ] ;; *) false ;; esac
+}
+
+# Prints the paths of what may be a Python, most usual first.
+candidates() {
+    for name in python3 python3.14 python3.13 python3.12 python3.11 python; do
+        command -v "$name" || true
+    done
+    ls -d "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/*/bin/python3 2>/dev/null || true
+}
+
+# Prints "3.13 /path/to/python" for each candidate from version $1 on.
 pythons() {
-    {
-        for name in python3 python3.14 python3.13 python3.12 python3.11 python; do
-            command -v "$name" || true
-        done
-        ls -d "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/*/bin/python3 2>/dev/null || true
-    } | while read -r path; do with_version "$path"; done
-}
-
-# Of the lines of `pythons`, those from version $1 on.
-from_version() {
-    awk -v from="$1" '{
-        split($1, have, "."); split(from, need, ".")
-        if (have[1] > need[1] || have[1] == need[1] && have[2] >= need[2]) print
-    }'
+    candidates | while read -r path; do
+        found=$(version "$path")
+        ! at_least "$found" "$1" || echo "$found $path"
+    done
 }
 
 # Prints the Python to use: $PYTHON, or the first of this machine that can run the Django that is asked for.
 find_python() {
     case "${DJANGO:-}" in 6.*) need=3.12 ;; *) need=3.11 ;; esac
-    if [ -n "${PYTHON:-}" ]; then all=$(with_version "$PYTHON"); else all=$(pythons); fi
-    found=$(echo "$all" | from_version "$need" | head -n 1)
-    if [ -z "$found" ]; then
-        seen=$(echo "$all" | cut -d ' ' -f 1 | sort -u | tr '\n' ' ')
-        fail "tornjango${DJANGO:+ with Django $DJANGO} needs Python $need or later;" \
-            "${PYTHON:-this machine} has ${seen:-none }only. Say where there is one: PYTHON=/path/to/python3 $0"
+    what="tornjango${DJANGO:+ with Django $DJANGO} needs Python $need or later"
+    if [ -n "${PYTHON:-}" ]; then
+        found=$(version "$PYTHON")
+        at_least "$found" "$need" || fail "$what; PYTHON=$PYTHON is ${found:-no Python that runs}."
+        echo "$PYTHON"
+        return
     fi
-    echo "${found#* }"
+    found=$(candidates | while read -r path; do
+        ! at_least "$(version "$path")" "$need" || { echo "$path" && break; }
+    done)
+    [ -n "$found" ] || fail "$what, and this machine shows none. Say where one is: PYTHON=/path/to/python3 $0"
+    echo "$found"
 }
 
 # Sets $python to that of an environment with everything for the dependency group $1 (see pyproject.toml) installed.

@@ -49,12 +49,12 @@ def _ensure(folder: Path, group: str, django: str) -> None:
     python = folder / "bin" / "python"
     if python.exists() and stamp.exists() and stamp.read_text() == wanted:
         return
-    log = folder.with_suffix(".log")
+    log = folder.with_name(f"{folder.name}.log")
     log.unlink(missing_ok=True)
     if not python.exists() or not any(folder.glob("installed-*")):
         _make(folder, python, log)
     _say(f"Installing what bin/{group} needs, Django {django} among it: about a minute")
-    pip = [python, "-m", "pip", "install", "--no-input", "--retries", "2"]
+    pip = [str(python), "-m", "pip", "install", "--no-input", "--retries", "2"]
     _run(log, *pip, "-e", ".[postgres]", "--group", group, f"django=={django}.*")
     _run(log, *pip, "--no-deps", MOMOKO)
     stamp.write_text(wanted)
