@@ -1,0 +1,13 @@
+from __future__ import annotations
+
+from django.http import HttpRequest
+
+from tornjango import comet, db
+
+from .models import Blog
+
+
+@comet.channel("entry:<int:pk>")
+async def can_read(request: HttpRequest, pk: int) -> bool:
+    """Whoever may see the entry may follow it: here everyone, provided there is such an entry."""
+    return bool(await db.fetch(Blog.objects.filter(pk=pk).values("pk")))
