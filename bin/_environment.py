@@ -14,15 +14,19 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).absolute().parent.parent
 MOMOKO = "momoko==2.2.5.1"
+DJANGOS = ("5.2", "6.0", "6.1")
 
 
 def main(group: str) -> None:
     django = os.environ.get("DJANGO") or ("6.1" if sys.version_info >= (3, 12) else "5.2")
+    if django not in DJANGOS:
+        sys.exit(f"DJANGO={django} is not one of {', '.join(DJANGOS)}, which tornjango runs on.")
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     folder = ROOT / ".venv" / f"python{version}-django{django}"
     folder.parent.mkdir(exist_ok=True)
@@ -45,7 +49,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 def _ensure(folder: Path, group: str, django: str) -> None:
     stamp = folder / f"installed-{group}"
-    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
+    wanted = _wanted()
     python = folder / "bin" / "python"
     if python.exists() and stamp.exists() and stamp.read_text() == wanted:
         return
@@ -58,6 +62,13 @@ def _ensure(folder: Path, group: str, django: str) -> None:
     _run(log, *pip, "-e", ".[postgres]", "--group", group, f"django=={django}.*")
     _run(log, *pip, "--no-deps", MOMOKO)
     stamp.write_text(wanted)
+
+
+def _wanted() -> str:
+    """What the stamp says: other than this, an environment has to be brought up to date."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    tables = ("build-system", "project", "dependency-groups")
+    return hashlib.sha256(repr([MOMOKO, *map(project.get, tables)]).encode()).hexdigest()
 
 
 def _make(folder: Path, python: Path, log: Path) -> None:
@@ -89,7 +100,7 @@ def _reason(log: Path) -> str:
             "The package index could not be reached, so nothing could be installed."
             f" Look at the network (and at {log.relative_to(ROOT)}), then try again."
         )
-    tail = "\n".join(text.splitlines()[-15:])
+    tail = "\n".join(line[:200] for line in text.splitlines()[-10:])
     return f"{tail}\nInstalling failed: all that pip said is in {log.relative_to(ROOT)}."
 
 
