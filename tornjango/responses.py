@@ -64,7 +64,7 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
     State.FAILED: {},
     State.EXPIRED: {},
     # Nobody reads any more: a view that did not notice may go on, and is not told off for it.
-    State.CLOSED: {event: State.CLOSED for event in Event},
+    State.CLOSED: dict.fromkeys(Event, State.CLOSED),
 }
 
 

@@ -16,9 +16,8 @@ from asgiref.sync import iscoroutinefunction, sync_to_async
 from django.http import FileResponse, Http404, HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
 
-from tornjango import responses, templates
+from tornjango import rendering, responses
 from tornjango.conf import get_config
-from tornjango.db import query as db
 from tornjango.exceptions import Overloaded
 from tornjango.responses import DeferredResponse
 
@@ -43,47 +42,56 @@ def view_name(view: View) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
+def _is_marked(view: View) -> bool:
+    """Whether ``@deferred`` has made it an async view already, perhaps below other decorators."""
+    view = view.func if isinstance(view, functools.partial) else view
+    return hasattr(view, "_deferred_view")
+
+
+def _takes_response(view: View, groups: Collection[str]) -> bool:
+    return not _is_marked(view) and _response_position(view, groups) is not None
+
+
 def kind_of(view: View, groups: Collection[str] = ()) -> Kind:
     """How a view is called. ``groups`` are the names that its URL pattern fills.
 
     Deferred is a view marked with ``@deferred``, or whose second parameter is named ``response`` and filled by no group.
     """
-    if hasattr(view, "_deferred_view") or _response_position(view, groups) is not None:
+    if _is_marked(view) or _takes_response(view, groups):
         return Kind.DEFERRED
     return Kind.ASYNC if iscoroutinefunction(view) else Kind.SYNC
 
 
-def method_kinds(view: View, groups: Collection[str] = ()) -> dict[str, Kind]:
-    """The kind of each HTTP method of a class-based view; ``{}`` for any other view."""
+def methods_of(view: View) -> dict[str, View]:
+    """The functions behind the HTTP methods of a class-based view, less their ``self``; ``{}`` for any other view."""
     view_class = getattr(view, "view_class", None)
     if view_class is None:
         return {}
     return {
-        name.upper(): kind_of(functools.partial(handler, None), groups)
+        name.upper(): functools.partial(method, None)
         for name in view_class.http_method_names
-        if name != "options" and (handler := getattr(view_class, name, None))
+        if name != "options" and (method := getattr(view_class, name, None))
     }
 
 
 def adapt(view: View, groups: Collection[str] = ()) -> AsyncView:
     """What is awaited to call ``view``. Work for the start of the server: a request only calls the result."""
-    kinds = method_kinds(view, groups)
-    if Kind.DEFERRED in kinds.values():
-        return _guarded(_by_method(view, kinds), view)
-    if kind_of(view, groups) is Kind.DEFERRED and not hasattr(view, "_deferred_view"):
-        return _guarded(deferred(view), view)
-    return _guarded(view if iscoroutinefunction(view) else sync_to_async(view), view)
+    call: AsyncView = view if iscoroutinefunction(view) else sync_to_async(view)
+    deferring = {name for name, fn in methods_of(view).items() if _takes_response(fn, groups)}
+    if deferring:
+        call = _by_method(deferred(view), call, deferring)
+    elif _takes_response(view, groups):
+        call = deferred(view)
+    return _guarded(call, view)
 
 
-def _by_method(view: View, kinds: Mapping[str, Kind]) -> AsyncView:
+def _by_method(with_response: AsyncView, without: AsyncView, deferring: set[str]) -> AsyncView:
     """A class-based view some of whose methods are deferred: ``as_view()`` hands the response through to them."""
-    deferred_view = deferred(view)
-    other: AsyncView = view if iscoroutinefunction(view) else sync_to_async(view)
 
     async def call(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
-        # View.setup() lets HEAD be answered by get() where there is no head().
-        method = "GET" if request.method == "HEAD" and "HEAD" not in kinds else request.method
-        chosen = deferred_view if kinds.get(method or "") is Kind.DEFERRED else other
+        # View.setup() has HEAD answered by get() where there is no head().
+        method = "GET" if request.method == "HEAD" and "HEAD" not in deferring else request.method
+        chosen = with_response if method in deferring else without
         return await chosen(request, *args, **kwargs)
 
     return call
@@ -163,9 +171,9 @@ class _Call:
         self.response = DeferredResponse(request, self, view_name=name)
         self.response.context.run(responses.current.set, self.response)
 
-    async def run(self, view: Callable[[], Any], timeout: float) -> HttpResponseBase:
+    async def run(self, view: Callable[[], Any], seconds: float) -> HttpResponseBase:
         """Raises what the view, or one of its callbacks, raised."""
-        timer = self.loop.call_later(timeout, self._expire, timeout)
+        timer = self.loop.call_later(seconds, self._expire, seconds)
         try:
             self._returned(self.response.context.run(view))
             return await self.answer
@@ -205,16 +213,16 @@ class _Call:
             return
         try:
             done(task.result())
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001  the view's own, whatever it is
             self.response.fail(exc)
 
-    def _expire(self, timeout: float) -> None:
+    def _expire(self, seconds: float) -> None:
         if self.response.ended:
             return
         logger.error(
             "%s did not end its response within %g s; it is answered 504",
             self.response.view_name,
-            timeout,
+            seconds,
             extra={"status_code": 504, "request": self.response.request},
         )
         message = "The server did not answer in time."
@@ -237,8 +245,7 @@ class _Call:
         self, template: str | Iterable[str], context: Mapping[str, Any] | None, using: str | None
     ) -> str:
         names = template if isinstance(template, str) else list(template)
-        context = await fetched(dict(context or {}))
-        return templates.render(names, context, self.response.request, using=using)
+        return await rendering.arender(names, context, self.response.request, using=using)
 
     async def open_file(self, path: str | PathLike[str], **options: Any) -> HttpResponseBase:
         try:
@@ -246,15 +253,6 @@ class _Call:
         except (FileNotFoundError, IsADirectoryError) as exc:
             raise Http404(f"There is no file {path}.") from exc
         return FileResponse(file, **options)
-
-
-async def fetched(context: dict[str, Any]) -> dict[str, Any]:
-    """``context``, its unevaluated querysets filled, several at once side by side, so that rendering queries nothing."""
-    querysets = list(templates.querysets(context).values())
-    rows = await asyncio.gather(*(db.fetch(queryset) for queryset in querysets))
-    for queryset, result in zip(querysets, rows, strict=True):
-        queryset._result_cache = result
-    return context
 
 
 async def _awaited(awaitable: Awaitable[Any]) -> Any:

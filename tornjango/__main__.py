@@ -1,0 +1,3 @@
+from tornjango.cli import main
+
+main()

@@ -1,0 +1,157 @@
+"""From the URLconf to a ``tornado.web.Application``."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import django
+from django.apps import apps
+from django.urls import NoReverseMatch, reverse
+from tornado.httputil import HTTPHeaders, HTTPInputError, HTTPMessageDelegate, HTTPServerRequest
+from tornado.routing import AnyMatches, Router, Rule
+from tornado.web import Application as TornadoApplication
+
+from tornjango import templates
+from tornjango.conf import get_config
+from tornjango.db import pools
+from tornjango.handlers import BodyReceiver, DjangoHandler, refuse_on
+from tornjango.middleware import Chain
+from tornjango.requests import path_info, script_name
+from tornjango.routing import Route, Routes, is_handler
+from tornjango.staticfiles import StaticFiles, StaticHandler
+from tornjango.views import Kind, adapt, kind_of, view_name
+from tornjango.workers import Workers
+
+logger = logging.getLogger("tornjango.application")
+
+
+class Application(TornadoApplication):
+    """A Django project as a Tornado application: handlers are built from its URL patterns.
+
+    ``handlers`` are Tornado routes of the program's own; they are asked before the URLconf. Whoever makes an
+    application by hand closes it with ``await application.close()``, on the loop that served it.
+    """
+
+    def __init__(
+        self,
+        handlers: Any = None,
+        default_host: str | None = None,
+        transforms: Any = None,
+        *,
+        staticfiles: bool = False,
+        **settings: Any,
+    ) -> None:
+        """Raises what importing the URLconf raises, and ``ConfigurationError`` for a wrong setting."""
+        if not apps.ready:
+            django.setup()
+        config = get_config()
+        super().__init__(handlers, default_host, transforms, **settings)
+        self.draining = False
+        #: The requests that are being answered.
+        self.in_flight: set[DjangoHandler] = set()
+        self.workers = Workers(config.THREADS, config.THREADS_QUEUE)
+        self.static = StaticFiles() if staticfiles else None
+        self.routes = Routes()
+        views = [route for route in self.routes if not route.is_handler]
+        self.chain = Chain({route.callback: adapt(route.callback, route.groups) for route in views})
+        #: A handler class for each view of the URLconf.
+        self.handler_classes = {route.callback: _handler_class(route) for route in views}
+        self.problems = templates.registry.fill()
+        for problem in self.problems:
+            logger.error("Template problem: %s", problem)
+        pools.open()
+        self.wildcard_router.add_rules([Rule(AnyMatches(), DjangoRouter(self))])
+
+    def start_request(self, server_conn: object, request_conn: Any) -> HTTPMessageDelegate:
+        return RequestReceiver(self, server_conn, request_conn)
+
+    def reverse_url(self, name: str, *args: Any) -> str:
+        """The URL of a named Tornado route, or of a named URL pattern of Django's. Raises ``KeyError``."""
+        try:
+            return super().reverse_url(name, *args)
+        except KeyError:
+            try:
+                return reverse(name, args=args)
+            except NoReverseMatch as exc:
+                raise KeyError(str(exc)) from exc
+
+    async def close(self) -> None:
+        """Closes the pools and gives back the threads; a second time does nothing."""
+        await pools.close()
+        self.workers.close()
+
+
+def _handler_class(route: Route) -> type[DjangoHandler]:
+    name = view_name(route.callback)
+    kind: Kind = kind_of(route.callback, route.groups)
+    attributes = {
+        "view_name": name,
+        "kind": kind,
+        "__doc__": f"Answers {route.pattern} with {name}.",
+    }
+    return type(f"{name.rpartition('.')[2]}_handler", (DjangoHandler,), attributes)
+
+
+class DjangoRouter(Router):
+    """Finds the handler for a path where Django's resolver finds the view."""
+
+    def __init__(self, application: Application) -> None:
+        self.application = application
+
+    def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> HTTPMessageDelegate:
+        application = self.application
+        if application.static is not None and application.static.should_handle(request.path):
+            return BodyReceiver(application, request, StaticHandler, None)
+        path = path_info(request.path, script_name())
+        match = application.routes.match(path)
+        if match is None:  # Django's middleware may know better, and its 404 page says more
+            return BodyReceiver(application, request, DjangoHandler, None)
+        if is_handler(match.func):
+            return application.get_handler_delegate(
+                request,
+                match.func,  # type: ignore[arg-type]
+                target_kwargs=match.extra_kwargs or {},
+                path_args=[str(argument) for argument in match.args],  # type: ignore[misc]
+                path_kwargs={k: str(v) for k, v in (match.captured_kwargs or {}).items()},  # type: ignore[misc]
+            )
+        handler_class = application.handler_classes.get(match.func, DjangoHandler)
+        # A language set by middleware may yet change what a path means.
+        known = None if application.routes.by_language else match
+        return BodyReceiver(application, request, handler_class, known)
+
+
+class RequestReceiver(HTTPMessageDelegate):
+    """Makes a request of its line and headers, and finds who answers it; what is not a request is refused."""
+
+    def __init__(self, application: Application, server_conn: object, request_conn: Any) -> None:
+        self.application = application
+        self.server_conn = server_conn
+        self.request_conn = request_conn
+        self.delegate: HTTPMessageDelegate | None = None
+
+    def headers_received(self, start_line: Any, headers: HTTPHeaders) -> Any:
+        try:
+            request = HTTPServerRequest(
+                connection=self.request_conn,
+                server_connection=self.server_conn,
+                start_line=start_line,
+                headers=headers,
+            )
+        except (HTTPInputError, ValueError) as exc:
+            logger.warning("Bad request from %s: %s", self.request_conn.context, exc)
+            refuse_on(self.request_conn, 400, f"Bad request: {exc}")
+            return None
+        self.delegate = self.application.find_handler(request)
+        return self.delegate.headers_received(start_line, headers)
+
+    def data_received(self, chunk: bytes) -> Any:
+        return self.delegate.data_received(chunk) if self.delegate else None
+
+    def finish(self) -> None:
+        if self.delegate:
+            self.delegate.finish()
+
+    def on_connection_close(self) -> None:
+        if self.delegate:
+            self.delegate.on_connection_close()

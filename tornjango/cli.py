@@ -1,0 +1,63 @@
+"""``tornjango``: the project's commands without its ``manage.py``, and without the app being installed."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from django.core.management import ManagementUtility
+from django.core.management.base import BaseCommand
+
+COMMANDS = {"serve": "serve", "runserver": "runserver", "routes": "routes"}
+
+USAGE = """usage: tornjango COMMAND [options]
+
+  serve [addr:port]   serve this project on Tornado
+  routes [text]       list what answers which URL
+
+Run it where manage.py is, or set DJANGO_SETTINGS_MODULE. More: tornjango COMMAND --help"""
+
+
+class Utility(ManagementUtility):
+    """Django's own, which knows where to find ours."""
+
+    def fetch_command(self, subcommand: str) -> BaseCommand:
+        if subcommand not in COMMANDS:
+            return super().fetch_command(subcommand)
+        module = import_module(f"tornjango.management.commands.{COMMANDS[subcommand]}")
+        command: BaseCommand = module.Command()
+        return command
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The console script; exits with 2 when there is nothing to do, or no project to do it with."""
+    argv = list(sys.argv if argv is None else argv)
+    if len(argv) < 2 or argv[1] in ("-h", "--help", "help"):
+        print(USAGE)
+        raise SystemExit(0 if len(argv) > 1 else 2)
+    if argv[1] not in COMMANDS:
+        print(f"tornjango: there is no command {argv[1]!r}.\n\n{USAGE}", file=sys.stderr)
+        raise SystemExit(2)
+    _find_settings(Path.cwd())
+    Utility(argv).execute()
+
+
+def _find_settings(folder: Path) -> None:
+    """As ``manage.py`` in this folder would: its folder is on the path, its settings are the default."""
+    sys.path.insert(0, str(folder))
+    if os.environ.get("DJANGO_SETTINGS_MODULE"):
+        return
+    manage = folder / "manage.py"
+    named = r"""DJANGO_SETTINGS_MODULE["'\]]*\s*[,=]\s*["']([\w.]+)["']"""
+    found = re.search(named, manage.read_text("utf-8")) if manage.is_file() else None
+    if found is None:
+        print(
+            "tornjango: no settings found. Run it in the folder of a manage.py that names them, "
+            "or set DJANGO_SETTINGS_MODULE.",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+    os.environ["DJANGO_SETTINGS_MODULE"] = found[1]

@@ -1,0 +1,196 @@
+"""Django's middleware chain, built once by Django's ``BaseHandler``, run on the loop.
+
+Under ASGI, ``MiddlewareMixin`` sends every ``process_request`` and ``process_response`` through a thread, because it
+cannot know whether they wait. Django's own are known: ``WAITS`` says of each when it would, and only then it goes to one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any
+
+from asgiref.sync import iscoroutinefunction, sync_to_async
+from django.conf import settings
+from django.contrib.messages.middleware import MessageMiddleware
+from django.contrib.sessions.middleware import SessionMiddleware
+from django.core.handlers.base import BaseHandler
+from django.db import connections
+from django.http import HttpRequest
+from django.http.response import HttpResponseBase
+from django.middleware import clickjacking, common, csrf, http, locale, security
+from django.urls import ResolverMatch
+from django.utils.deprecation import MiddlewareMixin
+
+from tornjango.views import AsyncView, View, adapt
+
+#: A form larger than this is parsed in a worker thread, where CSRF protection looks for its token; in bytes.
+PARSED_ON_THE_LOOP = 64 * 1024
+
+Waits = Callable[..., bool]
+
+
+def _never(*args: Any) -> bool:
+    return False
+
+
+def _csrf_in_session(*args: Any) -> bool:
+    return bool(settings.CSRF_USE_SESSIONS)
+
+
+def _csrf_reads_body(request: HttpRequest, *args: Any) -> bool:
+    return _csrf_in_session() or getattr(request, "body_size", 0) > PARSED_ON_THE_LOOP
+
+
+def _saves_session(request: HttpRequest, response: HttpResponseBase) -> bool:
+    session = getattr(request, "session", None)
+    return session is not None and bool(session.modified or settings.SESSION_SAVE_EVERY_REQUEST)
+
+
+def _stores_messages(request: HttpRequest, response: HttpResponseBase) -> bool:
+    storage = getattr(request, "_messages", None)
+    return storage is not None and bool(storage.used or storage.added_new)
+
+
+# By the hook's own function: a subclass that overrides it is not known, and goes to a thread.
+WAITS: dict[Callable[..., Any], Waits] = {
+    clickjacking.XFrameOptionsMiddleware.process_response: _never,
+    common.CommonMiddleware.process_request: _never,
+    common.CommonMiddleware.process_response: _never,
+    csrf.CsrfViewMiddleware.process_request: _csrf_in_session,
+    csrf.CsrfViewMiddleware.process_view: _csrf_reads_body,
+    csrf.CsrfViewMiddleware.process_response: _csrf_in_session,
+    http.ConditionalGetMiddleware.process_response: _never,
+    locale.LocaleMiddleware.process_request: _never,
+    locale.LocaleMiddleware.process_response: _never,
+    security.SecurityMiddleware.process_request: _never,
+    security.SecurityMiddleware.process_response: _never,
+    SessionMiddleware.process_request: _never,
+    SessionMiddleware.process_response: _saves_session,
+    MessageMiddleware.process_request: _never,
+    MessageMiddleware.process_response: _stores_messages,
+}
+
+
+def _add_optional() -> None:
+    """Middleware of applications that may not be installed, and of newer versions of Django."""
+    from django.contrib.auth.middleware import AuthenticationMiddleware  # needs auth's models
+
+    WAITS[AuthenticationMiddleware.process_request] = _never
+    try:
+        from django.middleware.csp import ContentSecurityPolicyMiddleware
+    except ImportError:  # Django 5.2
+        return
+    WAITS[ContentSecurityPolicyMiddleware.process_request] = _never
+    WAITS[ContentSecurityPolicyMiddleware.process_response] = _never
+
+
+def on_loop(hook: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+    """``hook`` as a coroutine function that goes to a worker thread only when it would wait."""
+    owner = getattr(hook, "__self__", None)
+    waits = WAITS.get(getattr(hook, "__func__", hook))
+    # A subclass inherits the hook, but may override what the hook calls.
+    if waits is None or not type(owner).__module__.startswith("django."):
+        return sync_to_async(hook)
+    threaded = sync_to_async(hook)
+    if waits is _never:
+
+        async def direct(*args: Any) -> Any:
+            return hook(*args)
+
+        return direct
+
+    async def call(*args: Any) -> Any:
+        return await threaded(*args) if waits(*args) else hook(*args)
+
+    return call
+
+
+def keep_on_loop(middleware: MiddlewareMixin) -> None:
+    """Replaces what ``MiddlewareMixin`` does under ASGI, for this instance; its hooks run as ``on_loop`` says."""
+    before = getattr(middleware, "process_request", None)
+    after = getattr(middleware, "process_response", None)
+    known = {
+        hook: WAITS.get(hook.__func__) is _never
+        and type(middleware).__module__.startswith("django.")
+        for hook in (before, after)
+        if hook is not None
+    }
+    before_async = on_loop(before) if before and not known[before] else None
+    after_async = on_loop(after) if after and not known[after] else None
+    get_response: AsyncView = middleware.get_response  # type: ignore[assignment]
+
+    async def acall(request: HttpRequest) -> HttpResponseBase:
+        response = None
+        if before_async is not None:
+            response = await before_async(request)
+        elif before is not None:
+            response = before(request)
+        response = response or await get_response(request)
+        if after_async is not None:
+            response = await after_async(request, response)
+        elif after is not None:
+            response = after(request, response)
+        return response
+
+    middleware.__acall__ = acall  # type: ignore[method-assign]
+
+
+class Chain(BaseHandler):
+    """Django's request handling, from the first middleware to the view and back."""
+
+    def __init__(self, views: dict[View, AsyncView]) -> None:
+        """``views`` holds what to await for each view, made at start; others are adapted when they are met."""
+        super().__init__()
+        self._views = views
+        _add_optional()
+        self.load_middleware(is_async=True)
+
+    def adapt_method_mode(
+        self,
+        is_async: bool,
+        method: Any,
+        method_is_async: bool | None = None,
+        debug: bool = False,
+        name: str | None = None,
+    ) -> Any:
+        # load_middleware hands every middleware through here twice: as an instance wrapped by
+        # convert_exception_to_response, and for its process_view and process_template_response.
+        instance = getattr(method, "__wrapped__", None)
+        if (
+            isinstance(instance, MiddlewareMixin)
+            and instance.async_mode
+            and type(instance).__acall__ is MiddlewareMixin.__acall__
+        ):
+            keep_on_loop(instance)
+        if is_async and method_is_async is None and not iscoroutinefunction(method):
+            return on_loop(method)
+        return super().adapt_method_mode(is_async, method, method_is_async, debug, name)
+
+    def resolve_request(self, request: HttpRequest) -> ResolverMatch:
+        """Uses the match that routing has found already, where the resolver would find the same again."""
+        match: ResolverMatch | None = getattr(request, "route_match", None)
+        if match is None or hasattr(request, "urlconf"):
+            return super().resolve_request(request)
+        request.resolver_match = match
+        return match
+
+    def make_view_atomic(self, view: View) -> AsyncView:
+        """The last step before a view is called; its name is Django's."""
+        if not self._atomic_aliases(view):
+            return self._adapted(view)
+        return adapt(super().make_view_atomic(view))
+
+    def _atomic_aliases(self, view: View) -> Collection[str]:
+        excepted = getattr(view, "_non_atomic_requests", ())
+        return self._atomic and [alias for alias in self._atomic if alias not in excepted]
+
+    @functools.cached_property
+    def _atomic(self) -> list[str]:
+        return [alias for alias, db in connections.settings.items() if db["ATOMIC_REQUESTS"]]
+
+    def _adapted(self, view: View) -> AsyncView:
+        try:
+            return self._views[view]
+        except (KeyError, TypeError):  # not in the URLconf, or not hashable
+            return adapt(view)

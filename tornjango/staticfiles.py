@@ -1,0 +1,34 @@
+"""The static files of apps in development, found and served by ``django.contrib.staticfiles``."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from asgiref.sync import sync_to_async
+from django.contrib.staticfiles.handlers import StaticFilesHandlerMixin
+from django.core.handlers.base import BaseHandler
+from django.http import HttpRequest
+from django.http.response import HttpResponseBase
+
+from tornjango.handlers import DjangoHandler
+
+
+class StaticFiles(StaticFilesHandlerMixin, BaseHandler):
+    """Raises ``ImproperlyConfigured`` where ``STATIC_URL`` is not set."""
+
+    def __init__(self) -> None:
+        self.base_url = urlsplit(self.get_base_url())  # type: ignore[assignment]
+
+    def should_handle(self, path: str) -> bool:
+        return bool(self._should_handle(path))
+
+
+class StaticHandler(DjangoHandler):
+    """Finding and reading a file takes a worker thread; a static file passes no middleware, as under runserver."""
+
+    view_name = "django.contrib.staticfiles.views.serve"
+
+    async def get_response(self, request: HttpRequest) -> HttpResponseBase:
+        static = self.application.static
+        assert static is not None
+        return await sync_to_async(static.get_response)(request)
