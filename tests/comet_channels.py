@@ -1,0 +1,58 @@
+"""Channels for the tests, declared once; every test publishes to names of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.core.exceptions import PermissionDenied
+from django.http import Http404, HttpRequest
+
+from tornjango import comet
+
+
+@comet.channel("open:<str:name>")
+async def open_to_all(request: HttpRequest, name: str) -> bool:
+    return True
+
+
+@comet.channel("short:<str:name>", history=3)
+async def short_history(request: HttpRequest, name: str) -> bool:
+    return True
+
+
+@comet.channel("small:<str:name>", max_bytes=300)
+async def small_history(request: HttpRequest, name: str) -> bool:
+    return True
+
+
+@comet.channel("number:<int:number>")
+def even_only(request: HttpRequest, number: int) -> bool:
+    return number % 2 == 0
+
+
+@comet.channel("header:<str:secret>")
+async def by_header(request: HttpRequest, secret: str) -> bool:
+    return request.headers.get("Secret") == secret
+
+
+@comet.channel("raises:<str:name>")
+def raising(request: HttpRequest, name: str) -> bool:
+    raise {"missing": Http404, "denied": PermissionDenied, "broken": ZeroDivisionError}[name]
+
+
+@comet.channel("wrapped:<str:answer>")
+def wrapped(request: HttpRequest, answer: str) -> Any:
+    """As a decorator that knows nothing of coroutines would leave it."""
+    return open_if_yes(answer)
+
+
+async def open_if_yes(answer: str) -> bool:
+    return answer == "yes"
+
+
+class ByInstance:
+    async def __call__(self, request: HttpRequest, answer: str) -> bool:
+        return answer == "yes"
+
+
+comet.channel("instance:<str:answer>")(ByInstance())

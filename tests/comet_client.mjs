@@ -1,0 +1,245 @@
+// Run by test_comet_client.py under Node, with the client's address as the argument: real HTTP, no browser.
+import assert from "node:assert/strict"
+import http from "node:http"
+import {once} from "node:events"
+import {afterEach, beforeEach, test} from "node:test"
+
+const {Comet} = await import(process.env.COMET_JS)
+
+let server, base, polls, comet, waiting
+
+// What the client hears of its page.
+const page = new EventTarget()
+globalThis.addEventListener = page.addEventListener.bind(page)
+globalThis.document = {hidden: false}
+
+// Every poll is put before the test, which answers it by hand.
+beforeEach(async () => {
+  polls = []
+  waiting = []
+  Math.random = () => 0
+  server = http.createServer((request, response) => {
+    let body = ""
+    request.on("data", chunk => { body += chunk })
+    request.on("end", () => {
+      const asked = new URLSearchParams(body || request.url.split("?")[1])
+      const poll = {request, response, channels: asked.getAll("channel"), cursor: asked.get("cursor")}
+      poll.left = once(response, "close").then(() => !response.writableEnded)
+      const next = waiting.shift()
+      if (next) next(poll)
+      else polls.push(poll)
+    })
+  })
+  server.listen(0, "127.0.0.1")
+  await once(server, "listening")
+  base = `http://127.0.0.1:${server.address().port}/comet/`
+  comet = new Comet(base, {cursor: "start"})
+})
+
+afterEach(async () => {
+  comet.close()
+  server.closeAllConnections()
+  server.close()
+  await once(server, "close")
+})
+
+const nextPoll = () => polls.length ? Promise.resolve(polls.shift()) : new Promise(resolve => waiting.push(resolve))
+const next = (name, holds = () => true) => new Promise(resolve => {
+  comet.addEventListener(name, function listener({detail}) {
+    if (!holds(detail)) return
+    comet.removeEventListener(name, listener)
+    resolve(detail)
+  })
+})
+
+function answer(poll, {messages = [], cursor = "next", gaps = [], more = false, retry = 0} = {}) {
+  poll.response.setHeader("Content-Type", "application/json")
+  poll.response.end(JSON.stringify({messages, cursor, gaps, more, retry}))
+}
+
+function refuse(poll, status, error, headers = {}) {
+  poll.response.writeHead(status, headers)
+  poll.response.end(JSON.stringify({error}))
+}
+
+const message = (channel, data, event = null) => ({channel, event, data})
+
+test("one poll asks for all channels followed in the same turn, with the page's cursor", async () => {
+  comet.on("a:1", () => {}).on("b:2", () => {})
+  const poll = await nextPoll()
+  assert.equal(poll.request.method, "GET")
+  assert.match(poll.request.url, /^\/comet\/poll\/\?/)
+  assert.deepEqual(poll.channels, ["a:1", "b:2"])
+  assert.equal(poll.cursor, "start")
+})
+
+test("messages reach their channel's callbacks in order, and the next poll has the new cursor", async () => {
+  const seen = []
+  comet.on("a", (data, meta) => seen.push([data, meta.channel, meta.event]))
+  comet.on("b", data => seen.push([data]))
+  answer(await nextPoll(), {messages: [message("a", 1, "new"), message("b", 2), message("a", 3)]})
+  assert.equal((await nextPoll()).cursor, "next")
+  assert.deepEqual(seen, [[1, "a", "new"], [2], [3, "a", null]])
+  assert.equal(comet.cursor, "next")
+})
+
+test("a callback that throws is reported and stops nothing", async () => {
+  const seen = []
+  const reported = []
+  globalThis.reportError = error => reported.push(error.message)
+  comet.on("a", data => { if (data === 1) throw new Error("mine"); seen.push(data) })
+  answer(await nextPoll(), {messages: [message("a", 1), message("a", 2)]})
+  assert.equal((await nextPoll()).cursor, "next")
+  assert.deepEqual(seen, [2])
+  assert.deepEqual(reported, ["mine"])
+  delete globalThis.reportError
+})
+
+test("a gap is told before the messages that follow it", async () => {
+  const seen = []
+  comet.on("a", data => seen.push(data), {gap: channel => seen.push(`gap in ${channel}`)})
+  answer(await nextPoll(), {gaps: ["a"], messages: [message("a", 9)]})
+  await nextPoll()
+  assert.deepEqual(seen, ["gap in a", 9])
+})
+
+test("a lost answer is asked for again with the same cursor", async () => {
+  comet.on("a", () => {})
+  const lost = await nextPoll()
+  lost.response.writeHead(200, {"Content-Length": "1000"})
+  lost.response.write('{"messages":[{"channel":"a","event":null,"data":1}')
+  setImmediate(() => lost.response.destroy())
+  assert.equal((await nextPoll()).cursor, "start")
+})
+
+test("a server in trouble is asked again after the time it gave", async () => {
+  const waits = next("status", detail => detail.status === "waiting")
+  comet.on("a", () => {})
+  refuse(await nextPoll(), 503, "Full", {"Retry-After": "7"})
+  const detail = await waits
+  assert.equal(detail.delay, 7000)
+  assert.equal(detail.error.message, "Full")
+})
+
+test("the pauses between failed polls grow, at random, up to half a minute; focus ends one", async () => {
+  Math.random = () => 1
+  const pauses = []
+  comet.addEventListener("status", ({detail}) => {
+    if (detail.status !== "waiting") return
+    pauses.push(detail.delay)
+    setImmediate(() => page.dispatchEvent(new Event("focus")))
+  })
+  comet.on("a", () => {})
+  for (let failure = 0; failure < 9; failure++) refuse(await nextPoll(), 500, "Broken")
+  answer(await nextPoll())
+  refuse(await nextPoll(), 500, "Broken")
+  await nextPoll()
+  assert.deepEqual(pauses, [500, 1000, 2000, 4000, 8000, 16000, 30000, 30000, 30000, 500])
+})
+
+test("a network that is back replaces the parked poll, a page that is back does not", async () => {
+  comet.on("a", () => {})
+  const parked = await nextPoll()
+  page.dispatchEvent(new Event("focus"))
+  page.dispatchEvent(new Event("visibilitychange"))
+  page.dispatchEvent(new Event("online"))
+  const replaced = await nextPoll()
+  assert.equal(await parked.left, true)
+  assert.equal(replaced.cursor, "start")
+  assert.equal(polls.length, 0)
+})
+
+test("a draining server's retry is waited for, and not taken for a failure", async () => {
+  const statuses = []
+  comet.addEventListener("status", ({detail}) => statuses.push(detail.status))
+  comet.on("a", () => {})
+  answer(await nextPoll(), {retry: 1})
+  assert.equal((await nextPoll()).cursor, "next")
+  assert.deepEqual(statuses, ["open"])
+})
+
+for (const status of [401, 403, 404]) {
+  test(`an answer of ${status} stops the polls and is told`, async () => {
+    const console_error = console.error
+    console.error = () => {}
+    const failed = next("error")
+    comet.on("a", () => assert.fail("nothing was published"))
+    refuse(await nextPoll(), status, "No.")
+    const error = await failed
+    console.error = console_error
+    assert.equal(error.status, status)
+    assert.equal(error.message, "No.")
+    assert.equal(comet.status, "failed")
+    assert.equal(polls.length, 0)
+  })
+}
+
+test("a cursor that is no longer good is given up, and the gap is told once there is a new one", async () => {
+  const gaps = []
+  comet.on("a", () => {}, {gap: channel => gaps.push([channel, comet.status])})
+  refuse(await nextPoll(), 400, "The cursor is not one of this site.")
+  const fresh = await nextPoll()
+  assert.equal(fresh.cursor, null)
+  assert.deepEqual(gaps, [])
+  // The gap outlives a failure in between.
+  refuse(fresh, 500, "Broken")
+  answer(await nextPoll(), {cursor: "new"})
+  assert.equal((await nextPoll()).cursor, "new")
+  assert.deepEqual(gaps, [["a", "open"]])
+})
+
+test("following another channel gives up the parked poll for one that asks for both", async () => {
+  comet.on("a", () => {})
+  const parked = await nextPoll()
+  comet.on("b", () => {})
+  const both = await nextPoll()
+  assert.equal(await parked.left, true)
+  assert.deepEqual(both.channels, ["a", "b"])
+  assert.equal(both.cursor, "start")
+})
+
+test("a channel no longer followed is no longer asked for", async () => {
+  const callback = () => assert.fail("it was taken off")
+  comet.on("a", callback).on("b", () => {})
+  await nextPoll()
+  comet.off("a", callback)
+  assert.deepEqual((await nextPoll()).channels, ["b"])
+  comet.off("b").on("c", () => {})
+  assert.deepEqual((await nextPoll()).channels, ["c"])
+})
+
+test("closing gives up the parked poll, delivers nothing more and polls no more", async () => {
+  const seen = []
+  const closed = next("status", detail => detail.status === "closed")
+  comet.on("a", data => { seen.push(data); comet.close() })
+  answer(await nextPoll(), {messages: [message("a", 1), message("a", 2)]})
+  await closed
+  assert.deepEqual(seen, [1])
+  assert.equal(comet.status, "closed")
+  assert.throws(() => comet.on("b", () => {}), /closed/)
+  assert.equal(polls.length, 0)
+})
+
+test("closing while a poll is parked hangs up", async () => {
+  comet.on("a", () => {})
+  const parked = await nextPoll()
+  comet.close()
+  assert.equal(await parked.left, true)
+})
+
+test("a long list of channels is posted", async () => {
+  const channels = Array.from({length: 32}, (_, n) => `${"room".repeat(20)}:${n}`)
+  for (const channel of channels) comet.on(channel, () => {})
+  const poll = await nextPoll()
+  assert.equal(poll.request.method, "POST")
+  assert.deepEqual(poll.channels, channels)
+})
+
+test("a poll that is never answered is given up in time", async () => {
+  comet.close()
+  comet = new Comet(base, {cursor: "start", timeout: 30})
+  comet.on("a", () => {})
+  const silent = await nextPoll()
+  assert.equal((await nextPoll()).cursor, "start")
+  assert.equal(await silent.left, true)
+})
