@@ -1,0 +1,135 @@
+"""From an exception that came out of a rendering to the place in the template, as its author wrote it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from django.template.base import FilterExpression, Node, Template, TokenType, Variable
+from django.template.loader_tags import BlockNode, ExtendsNode
+
+from tornjango.exceptions import TemplateQueryError
+
+ADVICE = (
+    "Fetch it before rendering: put the QuerySet itself into the context of response.render(), add select_related() or "
+    "prefetch_related() to the query behind it, or await db.fetch() in the view."
+)
+
+JINJA_TAG = re.compile(r"\{[{%].*?[%}]\}")
+JINJA_FRAME = re.compile(r"\{%[-+]?\s*(extends|block)\b")
+
+# Between the call of a template and the project's own code.
+MACHINERY = ("django.template", "django.utils", "tornjango.templates", "contextlib", "jinja2")
+
+
+@dataclasses.dataclass(slots=True)
+class Place:
+    """One step on the way to the query. ``frame`` is a step that says nothing: a block, an ``extends``."""
+
+    template: str
+    line: int | None
+    text: str
+    frame: bool
+    node: Node | None = None
+
+    def __str__(self) -> str:
+        line = f", line {self.line}" if self.line else ""
+        return f"template {self.template!r}{line}"
+
+
+def explain(exc: BaseException) -> TemplateQueryError:
+    """An error that says which expression of which template (or which context processor) would have queried."""
+    frames = [*_frames(exc)]
+    steps = [*_steps(_places(frames))]
+    if not steps:
+        return TemplateQueryError(f"{_caller(frames)} {_complaint()}")
+    place = steps[-1]
+    way = "".join(f" It is reached from {step.text} in {step}." for step in reversed(steps[:-1]))
+    error = TemplateQueryError(f"{place.text} in {place} {_complaint()}{way}")
+    _annotate(error, place, frames)
+    return error
+
+
+def _complaint() -> str:
+    return f"would query the database in the middle of rendering, on the event loop. {ADVICE}"
+
+
+def _frames(exc: BaseException) -> Iterator[tuple[FrameType, int]]:
+    step = exc.__traceback__
+    while step:
+        yield step.tb_frame, step.tb_lineno
+        step = step.tb_next
+
+
+def _places(frames: list[tuple[FrameType, int]]) -> list[Place]:
+    places: list[Place] = []
+    resolved = False
+    for frame, line in frames:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Node) and frame.f_code.co_name == "render_annotated":
+            places.append(_node_place(owner))
+            resolved = False
+        elif isinstance(owner, FilterExpression | Variable) and places and not resolved:
+            # The first is the whole expression; within it, more may be resolved.
+            places[-1].text = str(owner)
+            resolved = True
+        elif template := frame.f_globals.get("__jinja_template__"):
+            places.append(_jinja_place(template, line))
+    return places
+
+
+def _node_place(node: Node) -> Place:
+    origin = getattr(node, "origin", None)  # A tag may render a node that no template holds.
+    name = getattr(origin, "template_name", None) or str(origin)
+    line = node.token.lineno if node.token else None
+    frame = isinstance(node, ExtendsNode | BlockNode)
+    return Place(name, line, _written(node), frame, node)
+
+
+def _written(node: Node) -> str:
+    if sequence := getattr(node, "sequence", None):  # What {% for %} goes through.
+        return str(sequence)
+    if node.token is None:
+        return repr(node)
+    contents = node.token.contents
+    return contents if node.token.token_type is TokenType.VAR else f"{{% {contents} %}}"
+
+
+def _jinja_place(template: Any, line: int) -> Place:
+    number = template.get_corresponding_lineno(line)
+    source, *_ = template.environment.loader.get_source(template.environment, template.name)
+    text = source.splitlines()[number - 1].strip()
+    tags = " ".join(JINJA_TAG.findall(text)) or text
+    return Place(template.name, number, tags, bool(JINJA_FRAME.match(text)))
+
+
+def _steps(places: list[Place]) -> Iterator[Place]:
+    """The innermost place of each template on the way."""
+    following = [*places[1:], None]
+    for place, after in zip(places, following, strict=True):
+        if after is None or (after.template != place.template and not place.frame):
+            yield place
+
+
+def _caller(frames: list[tuple[FrameType, int]]) -> str:
+    for frame, line in frames:
+        module = str(frame.f_globals.get("__name__"))
+        if not module.startswith(MACHINERY):
+            return f"{module}.{frame.f_code.co_qualname}, line {line}, called for a template's context,"
+    return "A template"
+
+
+def _annotate(error: TemplateQueryError, place: Place, frames: list[tuple[FrameType, int]]) -> None:
+    """Lets Django's debug page show the source of the template around the place."""
+    node = place.node
+    # Positions are kept by engines in debug mode only.
+    if node is None or node.token is None or node.token.position is None:
+        return
+    for frame, _ in frames:
+        template = frame.f_locals.get("self")
+        if isinstance(template, Template) and template.origin == node.origin:
+            shown = template.get_exception_info(error, node.token)
+            error.template_debug = shown  # type: ignore[attr-defined]

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from django.apps import apps
+from django.conf import settings
+from django.forms.renderers import get_default_renderer
+from django.template import engines
+from django.template.backends.base import BaseEngine
+from django.template.backends.django import DjangoTemplates
+from django.template.engine import Engine
+from django.utils import formats, timezone, translation
+from django.utils.translation import check_for_language
+
+from tornjango.templates import files, loader
+from tornjango.templates.problems import TemplateProblem
+
+if TYPE_CHECKING:
+    import jinja2
+
+logger = logging.getLogger("tornjango.templates")
+
+
+class Registry:
+    """Every template of the project's backends, and of its form renderer, compiled and kept in memory.
+
+    It keeps the backends, engines and environments of the project, their options and their ``Origin`` objects; it only
+    stands in for their loaders. A loader that cannot list its templates stays at work in its place, and is named in the
+    log; so is a backend that is neither Django's nor Jinja2's. Safe to use from several threads: a template is replaced
+    in one step, and a rendering in progress goes on with what it holds.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._problems: list[TemplateProblem] = []
+
+    def fill(self) -> list[TemplateProblem]:
+        """Compiles all templates, and loads what Django would load at the first rendering: the catalogs and formats of
+        the project's languages (of those in a LANGUAGES of its own, and of LANGUAGE_CODE), the time zone, context
+        processors and the static files' storage. Reads files: call it before serving.
+
+        Returns what is wrong. A broken template raises its own error when it is rendered, as in Django.
+        """
+        with self._lock:
+            warnings = [*_warm()]
+            self._problems = [*_compile()]
+            return warnings + self._problems
+
+    def refresh(self, path: str | os.PathLike[str]) -> bool:
+        """Takes in that a file has changed, appeared or vanished, and logs what is newly wrong as an error.
+
+        True if the file lies in a folder of templates, Python files excepted: then all templates are up to date, those
+        that extend or include it too, and nothing needs to restart. Reads files: not for the event loop's thread.
+        """
+        if os.fspath(path).endswith(".py") or not files.inside(path, [*_folders()]):
+            return False
+        with self._lock:
+            known = set(self._problems)
+            self._problems = [*_compile()]
+        for problem in self._problems:
+            if problem not in known:
+                logger.error("%s", problem)
+        return True
+
+
+def _backends() -> list[BaseEngine]:
+    renderer = getattr(get_default_renderer(), "engine", None)
+    return engines.all() if renderer is None else [*engines.all(), renderer]
+
+
+def _environment(backend: BaseEngine) -> jinja2.Environment | None:
+    """A backend's Jinja2 environment; third parties' backends call it ``env`` too."""
+    jinja = sys.modules.get("jinja2")
+    environment = getattr(backend, "env", None)
+    return environment if jinja and isinstance(environment, jinja.Environment) else None
+
+
+def _django_engines() -> list[Engine]:
+    return [backend.engine for backend in _backends() if isinstance(backend, DjangoTemplates)]
+
+
+def _folders() -> Iterator[str]:
+    for backend in _backends():
+        if isinstance(backend, DjangoTemplates):
+            for each in loader.installed(backend.engine):
+                yield from (os.fspath(folder) for folder in each.get_dirs())
+        elif environment := _environment(backend):
+            from tornjango.templates import jinja
+
+            yield from jinja.folders(environment)
+
+
+def _compile() -> Iterator[TemplateProblem]:
+    for backend in _backends():
+        if isinstance(backend, DjangoTemplates):
+            yield from _compile_django(backend.engine)
+        elif environment := _environment(backend):
+            yield from _compile_jinja(environment)
+        else:
+            _tell(backend)
+    yield from _unresolved(_django_engines())
+
+
+def _compile_django(engine: Engine) -> Iterator[TemplateProblem]:
+    for each in loader.install(engine):
+        yield from each.fill()
+    for other in loader.unlisted(engine):
+        _tell(other)
+
+
+def _compile_jinja(environment: jinja2.Environment) -> list[TemplateProblem]:
+    from tornjango.templates import jinja
+
+    if jinja.listable(environment):
+        return jinja.install(environment)
+    _tell(environment.loader)
+    return []
+
+
+def _tell(thing: object) -> None:
+    logger.warning(
+        "%s.%s cannot list its templates: they are loaded when they are first used.",
+        type(thing).__module__,
+        type(thing).__qualname__,
+    )
+
+
+def _unresolved(django_engines: list[Engine]) -> Iterator[TemplateProblem]:
+    """``extends`` and ``include`` of names that no engine has.
+
+    A name that only another engine has is left alone: the templates of Django's widgets, for one, are found by both
+    the project's engine and the form renderer's, but include what only the latter can load.
+    """
+    if any(loader.unlisted(engine) for engine in django_engines):
+        return
+    loaders = [each for engine in django_engines for each in loader.installed(engine)]
+    for reference in (reference for each in loaders for reference in each.references()):
+        if not any(each.has(reference.target, skip=reference.skip) for each in loaders):
+            yield reference.problem()
+
+
+def _warm() -> Iterator[TemplateProblem]:
+    timezone.get_default_timezone()
+    for language in _languages():
+        yield from _attempt(f"language {language!r}", _load_language, language)
+    for backend in _backends():
+        yield from _attempt(f"context_processors of {backend.name!r}", _load_processors, backend)
+    if apps.is_installed("django.contrib.staticfiles"):
+        yield from _attempt("the static files' storage", _load_static_storage)
+
+
+def _attempt(what: str, load: Callable[..., None], *args: Any) -> Iterator[TemplateProblem]:
+    try:
+        load(*args)
+    except Exception as exc:  # noqa: BLE001 The project's own code runs here; what it raises is told to the caller.
+        yield TemplateProblem("", what, None, f"{type(exc).__name__}: {exc}")
+
+
+def _languages() -> list[str]:
+    """The languages to load now. Django's own LANGUAGES, a hundred, stands for no choice of the project's."""
+    own = settings.USE_I18N and settings.is_overridden("LANGUAGES")  # type: ignore[misc]
+    chosen = [code for code, _ in settings.LANGUAGES if own and check_for_language(code)]
+    return [settings.LANGUAGE_CODE, *(code for code in chosen if code != settings.LANGUAGE_CODE)]
+
+
+def _load_language(language: str) -> None:
+    with translation.override(language):
+        translation.gettext("Yes")
+        formats.get_format_modules(language)
+
+
+def _load_processors(backend: Any) -> None:
+    getattr(backend, "engine", backend).template_context_processors  # noqa: B018 A cached property.
+
+
+def _load_static_storage() -> None:
+    # Its module reads settings when it is imported, and is there only for projects with that app.
+    from django.contrib.staticfiles.storage import staticfiles_storage
+
+    staticfiles_storage.url  # noqa: B018 Any attribute makes the storage, which reads its manifest.
