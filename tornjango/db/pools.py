@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+from typing import Any
+
+from django.db import connections
+
+from tornjango.conf import Config, get_config
+from tornjango.db.engines.base import Engine
+from tornjango.db.engines.threads import ThreadsEngine
+from tornjango.exceptions import ConfigurationError
+
+_engines: dict[str, Engine] | None = None
+_unopened: dict[str, Engine] = {}
+
+
+def open(config: Config | None = None) -> None:
+    """Marks this process as served by tornjango: from now on, queries run on engines of their own.
+
+    Connections are opened when the first queries need them; ``await connect()`` opens one of each now. Called on the
+    loop's thread, before the tasks that query are made, all of them share one wrapper of Django's for each database.
+    Raises ConfigurationError for a database that cannot have the engine that the settings say, and RuntimeError when
+    the pools are open.
+    """
+    global _engines
+    if _engines is not None:
+        raise RuntimeError("The pools are open in this process already: await pools.close() first.")
+    config = config or get_config()
+    for alias in config.ENGINES:
+        if alias not in connections:
+            raise ConfigurationError(
+                f'TORNJANGO["ENGINES"] has {alias!r}, which DATABASES has not.'
+            )
+    _engines = {alias: _make(alias, config) for alias in connections}
+
+
+async def connect() -> None:
+    """Returns when every database has answered; raises what keeps the first one from it."""
+    await asyncio.gather(*(engine.open() for engine in (_engines or {}).values()))
+
+
+async def close() -> None:
+    """Closes all connections; queries run on Django's own again. Closing twice is harmless."""
+    global _engines
+    engines, _engines = _engines, None
+    await asyncio.gather(*(engine.close() for engine in (engines or {}).values()))
+
+
+def is_open() -> bool:
+    return _engines is not None
+
+
+def get(alias: str) -> Engine:
+    """The engine of a database; Django's own connection, while the pools are not open.
+
+    Raises Django's ConnectionDoesNotExist for an alias that DATABASES has not.
+    """
+    engine = (_unopened if _engines is None else _engines).get(alias)
+    if engine is not None:
+        return engine
+    connections[alias]
+    return _unopened.setdefault(alias, ThreadsEngine(alias))
+
+
+def status() -> dict[str, dict[str, Any]]:
+    """Alias to the numbers of its engine; empty while the pools are not open."""
+    return {alias: engine.status() for alias, engine in (_engines or {}).items()}
+
+
+def _make(alias: str, config: Config) -> Engine:
+    unfit = _unfit_for_momoko(alias)
+    wanted = config.ENGINES.get(alias) or ("threads" if unfit else "momoko")
+    if wanted == "threads":
+        return ThreadsEngine(alias)
+    if unfit:
+        raise ConfigurationError(f'TORNJANGO["ENGINES"][{alias!r}] cannot be "momoko": {unfit}')
+    # momoko is optional, and wants psycopg2.
+    from tornjango.db.engines.momoko import MomokoEngine
+
+    return MomokoEngine(alias, config)
+
+
+def _unfit_for_momoko(alias: str) -> str | None:
+    """Why a database cannot be reached by momoko; None if it can."""
+    wrapper: Any = connections[alias]
+    if wrapper.vendor != "postgresql":
+        return f"the database is {wrapper.display_name}, not PostgreSQL."
+    driver = wrapper.Database.__name__
+    if driver != "psycopg2":
+        return f"Django uses {driver} for it, because that is installed; momoko needs psycopg2."
+    if importlib.util.find_spec("momoko") is None:
+        return "momoko is not installed (pip install --no-deps momoko==2.2.5.1)."
+    return None

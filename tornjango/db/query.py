@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections.abc import Callable, Coroutine, Generator, Iterable
+from typing import Any, Self, TypeVar, overload
+
+from django.db.models import Manager, QuerySet
+from django.db.models.query import RawQuerySet
+from django.db.utils import DEFAULT_DB_ALIAS
+
+from tornjango.db import pools
+from tornjango.db.compiler import AnyQuerySet, Params, Row
+from tornjango.responses import DeferredResponse, current
+
+T = TypeVar("T")
+
+
+class Rows(list[Row]):
+    """The rows of a raw query, as tuples; empty for a statement that returns none."""
+
+    def __init__(self, rows: Iterable[Row], columns: list[str], rowcount: int) -> None:
+        super().__init__(rows)
+        #: The names of the columns.
+        self.columns = columns
+        #: How many rows the statement returned, changed, or -1 where there is no such number.
+        self.rowcount = rowcount
+
+
+class Query:
+    """A raw query. It is sent once: when it is first awaited, or when its first callback is added.
+
+    ``await query`` gives its :class:`Rows`, as often as one likes, or raises its error (of ``django.db.utils``).
+    Callbacks are called with the rows, errbacks with the error, each kind in the order they were added, in the context
+    of the running request. What a callback raises fails the request's response. So does an error of the query when
+    there is neither an errback nor anybody who awaits it.
+    """
+
+    def __init__(self, sql: str, params: Params, alias: str) -> None:
+        self.sql = sql
+        self.params = params
+        self.alias = alias
+        self._task: asyncio.Task[Rows] | None = None
+        self._awaited = False
+        self._callbacks: list[Callable[[Rows], object]] = []
+        self._errbacks: list[Callable[[Exception], object]] = []
+
+    def __repr__(self) -> str:
+        return f"<Query on {self.alias!r}: {self.sql[:80]}>"
+
+    def __await__(self) -> Generator[Any, None, Rows]:
+        self._awaited = True
+        return self._start().__await__()
+
+    def __del__(self) -> None:
+        if getattr(self, "_task", self) is None:
+            message = f"{self!r} was never sent: await it, or add a callback."
+            warnings.warn(message, RuntimeWarning, stacklevel=2, source=self)
+
+    def add_callback(self, callback: Callable[[Rows], object]) -> Self:
+        """``callback(rows)`` when they are there; it may be ``async def``. Returns the query."""
+        task = self._start()
+        if not task.done():
+            self._callbacks.append(callback)
+        elif not task.cancelled() and not task.exception():
+            _spawn(_call(callback, task.result()))
+        return self
+
+    def add_errback(self, errback: Callable[[Exception], object]) -> Self:
+        """``errback(error)`` when the query has failed; it may be ``async def``. Returns the query."""
+        task = self._start()
+        if not task.done():
+            self._errbacks.append(errback)
+        elif not task.cancelled() and isinstance(error := task.exception(), Exception):
+            _spawn(_call(errback, error))
+        return self
+
+    addCallback = add_callback
+    addErrback = add_errback
+
+    def _start(self) -> asyncio.Task[Rows]:
+        if self._task is None:
+            self._task = _spawn(self._run())
+            self._task.add_done_callback(_look_at)
+        return self._task
+
+    async def _run(self) -> Rows:
+        try:
+            result = await pools.get(self.alias).execute(self.sql, self.params)
+        except Exception as exc:
+            for errback in self._errbacks:
+                await _call(errback, exc)
+            if not self._errbacks and not self._awaited:
+                _fail(exc)
+            raise
+        rows = Rows(*result)
+        for callback in self._callbacks:
+            await _call(callback, rows)
+        return rows
+
+
+class Database:
+    """The calls of this package for one database, or, without an alias, for those that Django's routers choose."""
+
+    def __init__(self, alias: str | None = None) -> None:
+        self.alias = alias
+
+    @overload
+    async def fetch(self, query: QuerySet[Any, T], *, using: str | None = None) -> list[T]: ...
+    @overload
+    async def fetch(self, query: RawQuerySet[Any], *, using: str | None = None) -> list[Any]: ...
+    async def fetch(self, query: AnyQuerySet, *, using: str | None = None) -> list[Any]:
+        """The list that iterating the queryset would give; the queryset itself is left as it was.
+
+        Raises the errors of ``django.db.utils``, and ``Overloaded`` when no connection becomes free in time. When it
+        is cancelled, so is the statement on the server.
+        """
+        _expect_queryset(query)
+        return await pools.get(using or self.alias or query.db).fetch(query)
+
+    @overload
+    def execute_async(
+        self,
+        query: QuerySet[Any, T],
+        callback: Callable[[list[T]], object],
+        on_error: Callable[[Exception], object] | None = None,
+        *,
+        using: str | None = None,
+    ) -> asyncio.Task[None]: ...
+    @overload
+    def execute_async(
+        self,
+        query: RawQuerySet[Any],
+        callback: Callable[[list[Any]], object],
+        on_error: Callable[[Exception], object] | None = None,
+        *,
+        using: str | None = None,
+    ) -> asyncio.Task[None]: ...
+    def execute_async(
+        self,
+        query: AnyQuerySet,
+        callback: Callable[[list[Any]], object],
+        on_error: Callable[[Exception], object] | None = None,
+        *,
+        using: str | None = None,
+    ) -> asyncio.Task[None]:
+        """Returns at once; ``callback(rows)`` is called later, with the list that iterating the queryset would give.
+
+        The callback, which may be ``async def``, runs in the context of the running request. An error of the query
+        goes to ``on_error``, if there is one, else it fails the request's response; so does what a callback raises.
+        Without a request, errors go to the event loop's exception handler. The query is cancelled with the task, and
+        the task when the client leaves.
+        """
+        _expect_queryset(query)
+        return _spawn(self._deliver(query, callback, on_error, using))
+
+    def query(self, sql: str, params: Params = None, *, using: str | None = None) -> Query:
+        """Raw SQL, with ``%s`` or ``%(name)s`` for ``params``; in autocommit. See :class:`Query`.
+
+        A connection is held for the one statement: what a session keeps (SET, LISTEN, temporary tables) may be met by
+        any other query, or none.
+        """
+        return Query(sql, params, using or self.alias or DEFAULT_DB_ALIAS)
+
+    async def _deliver(
+        self,
+        query: AnyQuerySet,
+        callback: Callable[[list[Any]], object],
+        on_error: Callable[[Exception], object] | None,
+        using: str | None,
+    ) -> None:
+        try:
+            rows = await self.fetch(query, using=using)
+        except Exception as exc:  # noqa: BLE001 - goes to whoever handles it
+            if on_error is None:
+                _fail(exc)
+            else:
+                await _call(on_error, exc)
+        else:
+            await _call(callback, rows)
+
+
+def using(alias: str) -> Database:
+    """The same calls for one database: ``db.using("archive").query(...)``."""
+    return Database(alias)
+
+
+def _expect_queryset(query: object) -> None:
+    if isinstance(query, (QuerySet, RawQuerySet)):
+        return
+    hint = " (its .all() is one)" if isinstance(query, Manager) else ""
+    raise TypeError(f"Expected a QuerySet, not {type(query).__name__}{hint}: {query!r}")
+
+
+def _spawn(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """A task in the context of the running request, which ends with it."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        work.close()
+        raise RuntimeError(
+            "Queries of tornjango.db run on the event loop; there is none in this thread. "
+            "In a sync view, use the ORM as ever."
+        ) from None
+    response: DeferredResponse | None = current.get()
+    if response is None:
+        return loop.create_task(work)
+    task = loop.create_task(work, context=response.context)
+    response.track(task)
+    return task
+
+
+async def _call(callback: Callable[[T], object], value: T) -> None:
+    try:
+        result = callback(value)
+        if asyncio.iscoroutine(result):
+            await result
+    except Exception as exc:  # noqa: BLE001 - a callback has no caller; the response has
+        _fail(exc)
+
+
+def _fail(exc: Exception) -> None:
+    response = current.get()
+    if response is not None:
+        response.fail(exc)
+        return
+    message = "A query of tornjango.db failed, or its callback did, and nothing handles it"
+    asyncio.get_running_loop().call_exception_handler({"message": message, "exception": exc})
+
+
+def _look_at(task: asyncio.Task[Any]) -> None:
+    """The error has gone where it belongs: asyncio need not report it once more."""
+    if not task.cancelled():
+        task.exception()
