@@ -7,7 +7,8 @@ from tornjango import comet, db
 from .models import Blog
 
 
+@comet.channel("readers:<int:pk>")
 @comet.channel("entry:<int:pk>")
 async def can_read(request: HttpRequest, pk: int) -> bool:
-    """Whoever may see the entry may follow it: here everyone, provided there is such an entry."""
+    """Whoever may see an entry may follow it: here everyone, provided there is such an entry."""
     return bool(await db.fetch(Blog.objects.filter(pk=pk).values("pk")))

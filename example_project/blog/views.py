@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+from uuid import UUID, uuid4
+
+from django.contrib.postgres.search import SearchQuery
+from django.core.paginator import Paginator
+from django.db.models import Count, F, QuerySet
+from django.http import Http404, HttpRequest, HttpResponse
+from django.shortcuts import redirect, render
+from django.template.loader import render_to_string
+from django.utils.html import linebreaks
+from django.views.decorators.http import require_POST
+
+from tornjango import DeferredResponse, comet, db
+
+from . import readers
+from .forms import CommentForm, SearchForm
+from .models import SEARCHED, Author, Blog, Comment, Tag
+
+# Deferred views take a response, and end it whenever they have what they need. The first is the one of 2009, to the letter.
+
+
+# fmt: off
+def my_async_view(request, response):  # type: ignore[no-untyped-def]
+    query = Blog.objects.filter(pubdate__year=2009).exclude(tag__slug='sport')
+    def done(rows):
+        response.render('blog.html', {'rows': rows})
+    db.execute_async(query, done)
+# fmt: on
+
+
+def about(request: HttpRequest, response: DeferredResponse) -> None:
+    """Querysets in the context are fetched before the template is rendered, side by side."""
+    authors = Author.objects.annotate(count=Count("blog")).order_by("name")
+    response.render("blog/about.html", {"authors": authors, "years": years()})
+
+
+def feed(request: HttpRequest, response: DeferredResponse) -> None:
+    """https://www.jsonfeed.org/version/1.1/"""
+
+    def done(entries: list[Blog]) -> None:
+        response.headers["Content-Type"] = "application/feed+json"
+        response.json(
+            {
+                "version": "https://jsonfeed.org/version/1.1",
+                "title": "The Long Poll",
+                "home_page_url": request.build_absolute_uri("/"),
+                "items": [feed_item(request, entry) for entry in entries],
+            }
+        )
+
+    db.execute_async(Blog.objects.select_related("author")[:20], done)
+
+
+def feed_item(request: HttpRequest, entry: Blog) -> dict[str, Any]:
+    url = request.build_absolute_uri(entry.get_absolute_url())
+    return {
+        "id": url,
+        "url": url,
+        "title": entry.title,
+        "summary": entry.summary,
+        "content_html": linebreaks(entry.body, autoescape=True),
+        "date_published": entry.pubdate,
+        "authors": [{"name": entry.author.name}],
+    }
+
+
+# Async views await what they need.
+
+
+async def index(request: HttpRequest) -> HttpResponse:
+    return await listing(request, Blog.objects.all())
+
+
+async def by_year(request: HttpRequest, year: str) -> HttpResponse:
+    return await listing(request, Blog.objects.filter(pubdate__year=year), year=int(year))
+
+
+async def by_tag(request: HttpRequest, slug: str) -> HttpResponse:
+    tag = await first_or_404(Tag.objects.filter(slug=slug))
+    return await listing(request, Blog.objects.filter(tag=tag), tag=tag)
+
+
+async def by_author(request: HttpRequest, slug: str) -> HttpResponse:
+    author = await first_or_404(Author.objects.filter(slug=slug))
+    return await listing(request, Blog.objects.filter(author=author), author=author)
+
+
+async def search(request: HttpRequest) -> HttpResponse:
+    form = SearchForm(request.GET or None)
+    entries = Blog.objects.none()
+    if form.is_valid():
+        query = SearchQuery(form.cleaned_data["q"], config="english", search_type="websearch")
+        entries = Blog.objects.alias(searched=SEARCHED).filter(searched=query)
+        if year := form.cleaned_data["year"]:
+            entries = entries.filter(pubdate__year=year)
+    return await listing(request, entries, template="blog/search.html", form=form)
+
+
+async def entry(request: HttpRequest, slug: str) -> HttpResponse:
+    entry = await get_entry(slug)
+    request.user = await request.auser()
+    return await entry_page(request, entry, CommentForm(initial={"name": request.user.get_username()}))
+
+
+@require_POST
+async def comment(request: HttpRequest, slug: str) -> HttpResponse:
+    """Answers the page's script with the form, a browser without script with a page or a redirect.
+
+    The comment itself reaches every page that shows the entry, this one included, through the channel.
+    """
+    entry = await get_entry(slug)
+    form = CommentForm(request.POST, instance=Comment(blog=entry))
+    from_script = request.headers.get("X-Requested-With") == "fetch"
+    if not form.is_valid():
+        if from_script:
+            return render(request, "blog/comment_form.html", {"entry": entry, "form": form}, status=422)
+        return await entry_page(request, entry, form, status=422)
+    comment = form.save(commit=False)
+    await comment.asave()
+    html = render_to_string("blog/comment.html", {"comment": comment})
+    comet.publish(f"entry:{entry.pk}", {"id": comment.pk, "html": html})
+    if from_script:
+        blank = CommentForm(initial={"name": comment.name})
+        return render(request, "blog/comment_form.html", {"entry": entry, "form": blank, "posted": True})
+    return redirect(f"{entry.get_absolute_url()}#comment-{comment.pk}")
+
+
+async def reading(request: HttpRequest, pk: int, page: UUID) -> HttpResponse:
+    """An open page has this request open: it waits, holds no thread, and is cancelled when the page is closed."""
+    entry = await first_or_404(Blog.objects.filter(pk=pk))
+    user = await request.auser()
+    readers.arrive(entry.pk, page, user.get_username())
+    try:
+        await comet.wait(None, comet.cursor(f"entry:{pk}"), f"entry:{pk}")
+    finally:
+        readers.leave(entry.pk, page)
+    return HttpResponse(status=204)  # and the page asks again
+
+
+# Plain views run in a worker thread, and may block on whatever they like.
+
+
+def anywhere(request: HttpRequest) -> HttpResponse:
+    if entry := Blog.objects.order_by("?").first():
+        return redirect(entry)
+    raise Http404("There are no entries yet.")
+
+
+# What the views above share.
+
+
+async def listing(
+    request: HttpRequest, entries: QuerySet[Blog], *, template: str = "blog/list.html", **context: Any
+) -> HttpResponse:
+    """One page of entries, newest first."""
+    shown = entries.select_related("author").prefetch_related("tags").order_by("-pubdate")
+    paginator = Paginator(shown.annotate(comment_count=Count("comments")), per_page=20)
+    paginator.count = await entries.acount()
+    page = paginator.get_page(request.GET.get("page"))
+    request.user = await request.auser()
+    page.object_list, context["years"], context["tags"] = await asyncio.gather(
+        db.fetch(page.object_list), db.fetch(years()), db.fetch(tags())
+    )
+    return render(request, template, {"page": page, **context})
+
+
+async def entry_page(
+    request: HttpRequest, entry: Blog, form: CommentForm, *, status: int = 200
+) -> HttpResponse:
+    # Before the comments are read: one that is posted meanwhile then arrives by the channel.
+    cursor = comet.cursor(f"entry:{entry.pk}", f"readers:{entry.pk}")
+    context = {
+        "entry": entry,
+        "comments": await db.fetch(entry.comments.all()),
+        "form": form,
+        "cursor": cursor,
+        "readers": readers.line(entry.pk),
+        "page": uuid4(),
+    }
+    return render(request, "blog/entry.html", context, status=status)
+
+
+async def get_entry(slug: str) -> Blog:
+    entries = Blog.objects.select_related("author").prefetch_related("tags")
+    return await first_or_404(entries.filter(slug=slug))
+
+
+async def first_or_404(query: QuerySet[Any]) -> Any:
+    for found in await db.fetch(query[:1]):
+        return found
+    raise Http404(f"There is no such {query.model._meta.verbose_name}.")
+
+
+def years() -> QuerySet[Blog, dict[str, Any]]:
+    years = Blog.objects.values(year=F("pubdate__year"))
+    return years.annotate(count=Count("pk")).order_by("-year")
+
+
+def tags() -> QuerySet[Tag]:
+    return Tag.objects.annotate(count=Count("blogs")).order_by("name")
