@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
@@ -77,7 +78,12 @@ class Application(TornadoApplication):
                 raise KeyError(str(exc)) from exc
 
     async def close(self) -> None:
-        """Closes the pools and gives back the threads; a second time does nothing."""
+        """Ends requests still in flight with 503, closes the pools, gives back the threads; harmless a second time."""
+        if self.in_flight:
+            tasks = [handler.task for handler in self.in_flight]
+            for handler in list(self.in_flight):
+                handler.stop()
+            await asyncio.wait(tasks)
         await pools.close()
         self.workers.close()
 

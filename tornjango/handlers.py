@@ -299,7 +299,8 @@ async def _send_signal(signal: Signal, sender: type, **kwargs: Any) -> None:
 
 async def _close(response: HttpResponseBase) -> None:
     """Closes what the response holds, which also sends ``request_finished``."""
-    if _only_django_listens(signals.request_finished) and not response.streaming:
+    iterates = response.streaming and not getattr(response, "file_to_stream", None)
+    if _only_django_listens(signals.request_finished) and not iterates:
         response.close()
     else:
         await sync_to_async(response.close)()

@@ -188,8 +188,8 @@ class DeferredResponse:
         if isinstance(content, HttpResponseBase):
             self._end_with(content)
             return
-        if content:
-            self.write(content)
+        if content and self.state is State.OPEN:
+            self._response.write(content)
         self._end_with(self._response)
 
     def json(self, data: Any, *, encoder: type[Any] = DjangoJSONEncoder, **dumps: Any) -> None:

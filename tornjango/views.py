@@ -15,6 +15,7 @@ from typing import Any, overload
 from asgiref.sync import iscoroutinefunction, sync_to_async
 from django.http import FileResponse, Http404, HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
+from django.utils.log import log_response
 
 from tornjango import rendering, responses
 from tornjango.conf import get_config
@@ -25,6 +26,9 @@ logger = logging.getLogger("tornjango.views")
 
 View = Callable[..., Any]
 AsyncView = Callable[..., Awaitable[HttpResponseBase]]
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 class Kind(enum.Enum):
@@ -105,23 +109,27 @@ def _guarded(call: AsyncView, view: View) -> AsyncView:
         try:
             return await call(request, *args, **kwargs)
         except Overloaded as exc:
-            logger.warning("%s is answered 503: %s", view_name(view), exc)
-            return HttpResponse(
-                "The server is busy. Please try again in a moment.",
-                status=503,
-                content_type="text/plain",
-                headers={"Retry-After": str(exc.retry_after)},
-            )
+            response = _plain(503, "The server is busy. Please try again in a moment.")
+            response["Retry-After"] = str(exc.retry_after)
+            text = "%s is answered 503: %s"
+            arguments = (view_name(view), exc)
+            log_response(text, *arguments, response=response, request=request, logger=logger)
+            return response
 
     return guarded
+
+
+def _plain(status: int, message: str) -> HttpResponse:
+    return HttpResponse(message, status=status, content_type="text/plain")
 
 
 def _response_position(view: View, groups: Collection[str]) -> int | None:
     """Where a view takes its response: 1 in ``view(request, response)``, 2 in a method's signature."""
     try:
-        names = list(inspect.signature(view).parameters)
+        parameters = inspect.signature(view).parameters.values()
     except (TypeError, ValueError):  # builtins have no signature
         return None
+    names = [p.name for p in parameters if p.kind in _POSITIONAL]
     if "response" in groups:
         return None
     for position in (1, 2):
@@ -219,14 +227,12 @@ class _Call:
     def _expire(self, seconds: float) -> None:
         if self.response.ended:
             return
-        logger.error(
-            "%s did not end its response within %g s; it is answered 504",
-            self.response.view_name,
-            seconds,
-            extra={"status_code": 504, "request": self.response.request},
-        )
-        message = "The server did not answer in time."
-        self.response.expire(HttpResponse(message, status=504, content_type="text/plain"))
+        answer = _plain(504, "The server did not answer in time.")
+        text = "%s did not end its response within %g s; it is answered 504"
+        arguments = (self.response.view_name, seconds)
+        request = self.response.request
+        log_response(text, *arguments, response=answer, request=request, logger=logger)
+        self.response.expire(answer)
 
     # What a DeferredResponse asks of its driver
 
