@@ -22,9 +22,7 @@ _own_postgres: Postgres
 def pytest_configure(config: pytest.Config) -> None:
     """Before any module of tests is imported: they import models, and those want Django set up."""
     global _folder, _postgres, _own_postgres
-    _folder = Path(tempfile.mkdtemp(prefix="tornjango-"))
-    # The server runs as another user when the tests run as root.
-    _folder.chmod(0o711)
+    _folder = _make_folder()
     _postgres = Postgres(_folder / "postgres")
     _postgres.start()
     _own_postgres = Postgres(_folder / "own")
@@ -36,6 +34,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     _own_postgres.close()
     _postgres.close()
     shutil.rmtree(_folder)
+
+
+def _make_folder() -> Path:
+    """For PostgreSQL, which runs as another user when the tests run as root: pytest closes its folders to others."""
+    folder = Path(tempfile.mkdtemp(prefix="tornjango-"))
+    folder.chmod(0o711)
+    return folder
 
 
 def _configure_environment() -> None:
@@ -69,6 +74,14 @@ def _connections_closed(_tables: None) -> Iterator[None]:
 
     yield
     connections.close_all()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """An empty folder, in which PostgreSQL's data may be."""
+    folder = _make_folder()
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

