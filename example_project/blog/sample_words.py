@@ -9,7 +9,7 @@ TITLES = [
     "In praise of {the}",
     "{A}, and what came of it",
     "Notes on {the} of {place}",
-    "A {season} with {the}",
+    "One {season} with {the}",
     "How {the} came to {place}",
     "{A} for {person}",
     "Looking for {a} in {place}",
@@ -34,7 +34,7 @@ TITLES = [
     "{A}, slowly",
 ]
 SUMMARIES = [
-    "A {season} in {place}, a little patience, and what {the} looks like when nobody hurries.",
+    "One {season} in {place}, a little patience, and what {the} looks like when nobody hurries.",
     "{Person} asked a simple question about {the}. This is the long answer.",
     "I said I would never write about {the} again. Then I went to {place}.",
     "Three attempts at {a}, two of them honest failures, and one thing worth keeping.",

@@ -102,7 +102,9 @@ async def search(request: HttpRequest) -> HttpResponse:
 async def entry(request: HttpRequest, slug: str) -> HttpResponse:
     entry = await get_entry(slug)
     request.user = await request.auser()
-    return await entry_page(request, entry, CommentForm(initial={"name": request.user.get_username()}))
+    return await entry_page(
+        request, entry, CommentForm(initial={"name": request.user.get_username()})
+    )
 
 
 @require_POST
@@ -116,7 +118,9 @@ async def comment(request: HttpRequest, slug: str) -> HttpResponse:
     from_script = request.headers.get("X-Requested-With") == "fetch"
     if not form.is_valid():
         if from_script:
-            return render(request, "blog/comment_form.html", {"entry": entry, "form": form}, status=422)
+            return render(
+                request, "blog/comment_form.html", {"entry": entry, "form": form}, status=422
+            )
         return await entry_page(request, entry, form, status=422)
     comment = form.save(commit=False)
     await comment.asave()
@@ -124,7 +128,9 @@ async def comment(request: HttpRequest, slug: str) -> HttpResponse:
     comet.publish(f"entry:{entry.pk}", {"id": comment.pk, "html": html})
     if from_script:
         blank = CommentForm(initial={"name": comment.name})
-        return render(request, "blog/comment_form.html", {"entry": entry, "form": blank, "posted": True})
+        return render(
+            request, "blog/comment_form.html", {"entry": entry, "form": blank, "posted": True}
+        )
     return redirect(f"{entry.get_absolute_url()}#comment-{comment.pk}")
 
 
@@ -153,7 +159,11 @@ def anywhere(request: HttpRequest) -> HttpResponse:
 
 
 async def listing(
-    request: HttpRequest, entries: QuerySet[Blog], *, template: str = "blog/list.html", **context: Any
+    request: HttpRequest,
+    entries: QuerySet[Blog],
+    *,
+    template: str = "blog/list.html",
+    **context: Any,
 ) -> HttpResponse:
     """One page of entries, newest first."""
     shown = entries.select_related("author").prefetch_related("tags").order_by("-pubdate")
