@@ -1,0 +1,217 @@
+"""The command behind ``bin/bench``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench import compare, environment, parked, profiling
+from bench.servers import PEERS, ROOT, BenchError, Place
+from tests.postgres import Postgres, PostgresError
+
+FULL = compare.Pace(rounds=3, seconds=3.0, warm_up=0.7, connections=20)
+QUICK = compare.Pace(rounds=3, seconds=0.4, warm_up=0.3, connections=20)
+
+
+def main() -> int:
+    options = parser().parse_args(_with_default(sys.argv[1:]))
+    try:
+        options.run(options)
+    except (BenchError, PostgresError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _with_default(arguments: list[str]) -> list[str]:
+    named = {"compare", "parked", "profile", "-h", "--help"}
+    return arguments if arguments and arguments[0] in named else ["compare", *arguments]
+
+
+def parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print the figures as JSON")
+    common.add_argument("--rows", type=int, default=25, help="rows of the 2009 view (25)")
+    common.add_argument("--peers-python", help="with psycopg 3, uvicorn, gunicorn (made)")
+    top = argparse.ArgumentParser(prog="bin/bench", description="Measure tornjango and its peers.")
+    commands = top.add_subparsers()
+    names = [peer.key for peer in PEERS]
+
+    command = commands.add_parser("compare", parents=[common], help="the peers side by side")
+    command.add_argument("--quick", action="store_true", help="under a minute, rougher figures")
+    command.add_argument("--rounds", type=int, help="of all servers in turn (3)")
+    command.add_argument("--seconds", type=float, help="each measurement (3)")
+    command.add_argument(
+        "--servers", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names)
+    )
+    command.add_argument("--connections", type=int, default=20, help="kept open (20)")
+    command.set_defaults(run=run_compare)
+
+    command = commands.add_parser("parked", parents=[common], help="long-polls that wait")
+    command.add_argument(
+        "--servers",
+        nargs="+",
+        choices=["tornjango", "tornado"],
+        metavar="NAME",
+        default=["tornjango", "tornado"],
+        help="tornjango, tornado",
+    )
+    command.add_argument("polls", type=int, nargs="?", default=5000, help="how many (5000)")
+    command.set_defaults(run=run_parked)
+
+    command = commands.add_parser("profile", parents=[common], help="where a view's time goes")
+    command.add_argument("view", choices=sorted(compare.VIEWS))
+    command.add_argument("--middleware", choices=sorted(compare.MIDDLEWARE), default="none")
+    command.add_argument("--seconds", type=float, default=10.0, help="of sampling (10)")
+    command.set_defaults(run=run_profile)
+    return top
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    pace = QUICK if options.quick else FULL
+    pace = compare.Pace(
+        rounds=options.rounds or pace.rounds,
+        seconds=options.seconds or pace.seconds,
+        warm_up=pace.warm_up,
+        connections=options.connections,
+    )
+    with place(options) as (where, versions):
+        answers = fill(where, options.rows)
+        peers = [peer for peer in PEERS if peer.key in options.servers]
+        samples = compare.compare(where, answers, pace, peers)
+    figures = {"versions": versions, "rows": options.rows, "figures": compare.as_json(samples)}
+    show(options, figures, f"{versions}\n\n{compare.report(samples)}")
+
+
+def run_parked(options: argparse.Namespace) -> None:
+    raise_file_limit(options.polls + 200)
+    with place(options) as (where, versions):
+        fill(where, options.rows)
+        peers = [peer for peer in parked.PEERS if peer.key in options.servers]
+        results = [parked.run(peer, where, options.polls) for peer in peers]
+    figures = [dataclasses.asdict(result) for result in results]
+    show(
+        options,
+        {"versions": versions, "parked": figures},
+        f"{versions}\n\n{parked.report(results)}",
+    )
+
+
+def run_profile(options: argparse.Namespace) -> None:
+    with place(options) as (where, versions):
+        answers = fill(where, options.rows)[options.view]
+        profile = profiling.run(
+            where, answers, middleware=options.middleware, seconds=options.seconds
+        )
+    text = profiling.report(profile, compare.VIEWS[options.view])
+    show(
+        options,
+        {"versions": versions, "profile": dataclasses.asdict(profile)},
+        f"{versions}\n\n{text}",
+    )
+
+
+def show(options: argparse.Namespace, figures: dict[str, object], text: str) -> None:
+    print(json.dumps(figures, indent=2) if options.json else text)
+
+
+@contextlib.contextmanager
+def place(options: argparse.Namespace) -> Iterator[tuple[Place, str]]:
+    """A new PostgreSQL beside the client on all cores but the first, which is the servers' alone."""
+    first, *others = cores()
+    peers = options.peers_python or environment.peers_python()
+    os.sched_setaffinity(0, others)
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-") as folder,
+        Postgres(_open_to_all(folder), tcp=False) as postgres,
+    ):
+        postgres.create_database("bench")
+        env = {
+            "BENCH_DB_HOST": str(postgres.socket),
+            "BENCH_DB_PORT": str(postgres.port),
+            "BENCH_DB_USER": postgres.user,
+            "DJANGO_SETTINGS_MODULE": "bench.project.settings",
+            "PYTHONPATH": str(ROOT),
+        }
+        where = Place(sys.executable, peers, env, first)
+        yield where, versions(where, len(others) + 1)
+
+
+def _open_to_all(folder: str) -> Path:
+    # PostgreSQL will not run as root, and must then find its data as somebody else.
+    Path(folder).chmod(0o755)
+    return Path(folder, "data")
+
+
+def cores() -> list[int]:
+    """Raises BenchError where processes cannot be kept apart."""
+    if not hasattr(os, "sched_getaffinity"):
+        raise BenchError("It needs Linux, to give the server a core of its own.")
+    found = sorted(os.sched_getaffinity(0))
+    if len(found) < 2:
+        raise BenchError("It needs two cores: one for the server, one for the client.")
+    return found
+
+
+def raise_file_limit(files: int) -> None:
+    """For this process and those it starts."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY in (soft, hard) or soft >= files:
+        files = soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, max(files, hard)))
+    except (ValueError, OSError) as error:
+        raise BenchError(
+            f"{files} open files are needed, the limit (ulimit -Hn) is {hard}: {error}"
+        ) from None
+
+
+def fill(where: Place, rows: int) -> compare.Answers:
+    """Loads the data, and says what every view must answer."""
+    if not 1 <= rows <= 500:
+        raise BenchError(f"--rows takes 1 to 500, not {rows}.")
+    command = [where.peers_python, "-m", "bench.project.fill", str(rows)]
+    answers: compare.Answers = json.loads(_output(command, where))
+    if (found := answers["2009"][0][1].count("<time")) != rows:
+        raise BenchError(f"The 2009 view has {found} rows, not {rows}.")
+    return answers
+
+
+def versions(where: Place, count: int) -> str:
+    listing = "import importlib.metadata as m, sys; print(*(f'{p} {m.version(p)}' for p in sys.argv[1:]), sep=', ')"
+    ours = ["django", "tornado", "momoko", "psycopg2-binary"]
+    theirs = ["django", "uvicorn", "uvloop", "httptools", "gunicorn", "psycopg"]
+    return "\n".join(
+        [
+            f"{datetime.date.today()}, Python {platform.python_version()}, {count} cores, "
+            "one process and one core for the server",
+            "tornjango: " + _output([where.tornjango_python, "-c", listing, *ours], where),
+            "peers:     " + _output([where.peers_python, "-c", listing, *theirs], where),
+        ]
+    )
+
+
+def _output(command: list[str], where: Place) -> str:
+    done = subprocess.run(
+        command, env=os.environ | where.env, cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise BenchError(f"{command[0]} failed:\n{done.stderr[-3000:]}")
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

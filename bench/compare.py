@@ -1,0 +1,139 @@
+"""``bin/bench``: the peers beside each other, in interleaved rounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections import defaultdict
+
+from bench import figures
+from bench.load import Outcome, Plan
+from bench.servers import BARE, PEERS, ROOT, UVICORN, BenchError, Peer, Place, Server, serve
+
+VIEWS = {"json": "JSON", "row": "one row -> JSON", "2009": "the 2009 view"}
+MIDDLEWARE = {"none": "no middleware", "default": "default middleware"}
+CELLS = {"none": ("json", "row", "2009"), "default": ("json", "row")}
+
+Answers = dict[str, list[tuple[str, str]]]
+Cell = tuple[str, str]
+Samples = dict[tuple[str, Cell], list[figures.Sample]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """How long everything takes."""
+
+    rounds: int
+    seconds: float
+    warm_up: float
+    connections: int
+
+
+def compare(place: Place, answers: Answers, pace: Pace, peers: list[Peer]) -> Samples:
+    """Raises BenchError at the first wrong answer of any server."""
+    samples: Samples = defaultdict(list)
+    for number in range(pace.rounds):
+        print(f"round {number + 1} of {pace.rounds}", file=sys.stderr, flush=True)
+        for middleware in CELLS:
+            for peer in peers:
+                if views := views_of(peer, middleware):
+                    # A new process each round: the luck of one in memory and hashing is not the next one's.
+                    with serve(peer, place, middleware=middleware) as server:
+                        for view in views:
+                            sample = measure(server, peer, answers[view], pace)
+                            samples[peer.name, (view, middleware)].append(sample)
+    return samples
+
+
+def views_of(peer: Peer, middleware: str) -> tuple[str, ...]:
+    if peer is BARE:
+        return ("json",) if middleware == "none" else ()
+    return CELLS[middleware]
+
+
+def measure(
+    server: Server, peer: Peer, answers: list[tuple[str, str]], pace: Pace
+) -> figures.Sample:
+    exchanges = [(f"/{peer.spelling}/{path}", body) for path, body in answers]
+    plan = Plan(server.port, exchanges, pace.connections, pace.warm_up)
+    run_load(plan, peer, server)
+    before = server.cpu()
+    outcome = run_load(dataclasses.replace(plan, seconds=pace.seconds), peer, server)
+    return figures.Sample(
+        requests=outcome.requests,
+        seconds=outcome.seconds,
+        cpu=server.cpu() - before,
+        p50=outcome.p50,
+        p99=outcome.p99,
+        reconnects=outcome.reconnects,
+    )
+
+
+def run_load(plan: Plan, peer: Peer, server: Server) -> Outcome:
+    """In a process of its own; what it does before and after the requests costs the server nothing."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.load"],
+        input=json.dumps(dataclasses.asdict(plan)),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    if done.returncode:
+        raise BenchError(f"The load generator failed:\n{done.stderr}")
+    outcome = Outcome(**json.loads(done.stdout))
+    if outcome.error:
+        raise BenchError(f"{peer.name}: {outcome.error}\nThe server said:\n{server.said()}")
+    return outcome
+
+
+def report(samples: Samples) -> str:
+    summaries = {key: figures.summarize(value) for key, value in samples.items()}
+    cells = [(view, middleware) for middleware, views in CELLS.items() for view in views]
+    names = [peer.name for peer in PEERS if any(peer.name == name for name, _ in samples)]
+    header = ["", *names]
+
+    def line(cell: Cell, cell_text: figures.CellText) -> list[str]:
+        reference = summaries.get((UVICORN.name, cell))
+        texts = [cell_text(summaries.get((name, cell)), reference) for name in names]
+        return [f"{VIEWS[cell[0]]}, {MIDDLEWARE[cell[1]]}", *texts]
+
+    def lines(cell_text: figures.CellText) -> list[list[str]]:
+        return [line(cell, cell_text) for cell in cells]
+
+    return "\n".join(
+        [
+            "CPU per request, microseconds (and against uvicorn)",
+            figures.table(header, lines(figures.cost_cell)),
+            "",
+            "Requests a second (and against uvicorn)",
+            figures.table(header, lines(figures.rate_cell)),
+            "* less than 90% of its core: the client or PostgreSQL was the limit, not the server",
+            "",
+            _quality(list(summaries.values())),
+        ]
+    )
+
+
+def _quality(summaries: list[figures.Summary]) -> str:
+    worst = max(summary.spread for summary in summaries)
+    return (
+        f"{sum(s.requests for s in summaries):,} requests measured, 0 errors (each answer was compared "
+        "byte for byte with Django's own; one wrong answer ends the run), "
+        f"{sum(s.reconnects for s in summaries)} reconnects.\n"
+        f"Medians of {summaries[0].rounds} rounds; the dearest round at most x{worst:.2f} of the cheapest."
+    )
+
+
+def as_json(samples: Samples) -> list[dict[str, object]]:
+    return [
+        {
+            "server": name,
+            "view": cell[0],
+            "middleware": cell[1],
+            **dataclasses.asdict(figures.summarize(value)),
+            "samples": [dataclasses.asdict(sample) for sample in value],
+        }
+        for (name, cell), value in samples.items()
+    ]

@@ -1,0 +1,10 @@
+from __future__ import annotations
+
+from django.http import HttpRequest
+
+from tornjango import comet
+
+
+@comet.channel("bench")
+def can_read(request: HttpRequest) -> bool:
+    return True

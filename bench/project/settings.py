@@ -1,0 +1,82 @@
+"""The project that every server of the benchmark serves, as ``startproject`` would lay it out.
+
+What differs from run to run comes in by environment variables, which ``bench.servers`` sets.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+# As Django itself decides: psycopg 3 where it can be imported, psycopg2 elsewhere.
+PSYCOPG3 = find_spec("psycopg") is not None
+TORNADO = find_spec("tornado") is not None
+
+# What tornjango's pools hold by default, given to every peer.
+CONNECTIONS = 10
+
+SECRET_KEY = "bench: not a secret, nothing is signed with it outside this machine"
+DEBUG = False
+ALLOWED_HOSTS = ["127.0.0.1"]
+ROOT_URLCONF = "bench.project.urls"
+USE_TZ = True
+TIME_ZONE = "UTC"
+STATIC_URL = "static/"
+
+INSTALLED_APPS = [
+    "django.contrib.admin",
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.sessions",
+    "django.contrib.messages",
+    "django.contrib.staticfiles",
+    "bench.project",
+]
+if TORNADO:
+    INSTALLED_APPS.append("tornjango")
+
+MIDDLEWARE: list[str] = []
+if os.environ.get("BENCH_MIDDLEWARE") == "default":
+    MIDDLEWARE = [
+        "django.middleware.security.SecurityMiddleware",
+        "django.contrib.sessions.middleware.SessionMiddleware",
+        "django.middleware.common.CommonMiddleware",
+        "django.middleware.csrf.CsrfViewMiddleware",
+        "django.contrib.auth.middleware.AuthenticationMiddleware",
+        "django.contrib.messages.middleware.MessageMiddleware",
+        "django.middleware.clickjacking.XFrameOptionsMiddleware",
+    ]
+
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "DIRS": [Path(__file__).parent / "templates"],
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+            ]
+        },
+    }
+]
+
+DATABASES = {
+    "default": {
+        "ENGINE": "django.db.backends.postgresql",
+        "NAME": os.environ.get("BENCH_DB_NAME", "bench"),
+        "USER": os.environ.get("BENCH_DB_USER", "postgres"),
+        "HOST": os.environ.get("BENCH_DB_HOST", ""),
+        "PORT": os.environ.get("BENCH_DB_PORT", ""),
+        "OPTIONS": {"pool": {"min_size": CONNECTIONS, "max_size": CONNECTIONS}} if PSYCOPG3 else {},
+    }
+}
+
+# Parked polls stay parked until the benchmark publishes, however many there are to connect first.
+TORNJANGO = {
+    "POOL_SIZE": CONNECTIONS,
+    "RESPONSE_TIMEOUT": 600,
+    "COMET": {"POLL_TIMEOUT": 600},
+}

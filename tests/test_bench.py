@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from bench.compare import CELLS, Pace, report, views_of
+from bench.figures import Sample, Summary, cost_cell, rate_cell, shares, summarize, table
+from bench.load import Outcome, Plan, load
+from bench.pollers import Fleet, Polls
+from bench.profiling import analyse, layer_of
+from bench.project.fill import BLOGS, year_and_sport
+from bench.servers import BARE, GUNICORN, PEERS, TORNJANGO, UVICORN
+from bench.wire import Answer, WireError, parse, request_bytes
+
+PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n"
+
+
+def sample(requests: int = 100, seconds: float = 1.0, cpu: float = 1.0) -> Sample:
+    return Sample(requests=requests, seconds=seconds, cpu=cpu, p50=1.0, p99=2.0)
+
+
+def summary(cpu: float) -> Summary:
+    return summarize([sample(cpu=cpu)])
+
+
+@pytest.mark.parametrize("whole", [PLAIN, CHUNKED])
+def test_answer_is_read_once_its_last_byte_is_there(whole: bytes) -> None:
+    assert [parse(whole[:end]) for end in range(len(whole))] == [None] * len(whole)
+    assert parse(whole + b"HTTP") == Answer(200, b"hello", len(whole), True)
+
+
+def test_answer_that_ends_the_connection_says_so() -> None:
+    answer = parse(PLAIN.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+    assert answer is not None
+    assert not answer.keep_alive
+
+
+@pytest.mark.parametrize("bad", [b"HTTP/1.1 200 OK\r\n\r\n", PLAIN.replace(b"200", b"no")])
+def test_bytes_that_are_no_answer_are_refused(bad: bytes) -> None:
+    with pytest.raises(WireError):
+        parse(bad)
+
+
+def test_figures_are_medians_of_the_rounds() -> None:
+    found = summarize([sample(cpu=0.9), sample(cpu=0.3), sample(cpu=0.6, seconds=2.0)])
+    assert found.cpu_us == pytest.approx(6000)
+    assert found.spread == pytest.approx(3)
+    assert found.per_second == pytest.approx(100)
+    assert found.busy == pytest.approx(0.3)
+    assert (found.requests, found.rounds) == (300, 3)
+
+
+@pytest.mark.parametrize("samples", [[], [sample(), sample(requests=0)]])
+def test_no_figure_is_made_of_no_requests(samples: list[Sample]) -> None:
+    with pytest.raises(ValueError, match="no requests"):
+        summarize(samples)
+
+
+def test_cells_compare_with_the_reference() -> None:
+    assert cost_cell(summary(0.5), summary(1.0)) == "5,000 x0.50"
+    assert cost_cell(summary(0.5), None) == "5,000"
+    assert cost_cell(None, summary(1.0)) == "-"
+    assert rate_cell(summary(1.0), summary(1.0)) == "100 x1.00"
+
+
+def test_server_that_was_not_the_limit_is_marked() -> None:
+    assert rate_cell(summary(0.5), None) == "100*"
+
+
+def test_table_is_aligned() -> None:
+    assert table(["", "a"], [["x", "10"], ["long", "9"]]) == "       a\nx     10\nlong   9"
+
+
+def test_every_peer_is_measured_in_every_cell_it_can_serve() -> None:
+    assert [views_of(TORNJANGO, name) for name in CELLS] == [
+        ("json", "row", "2009"),
+        ("json", "row"),
+    ]
+    assert [views_of(BARE, name) for name in CELLS] == [("json",), ()]
+
+
+def test_report_leaves_out_servers_that_were_not_asked_for() -> None:
+    cells = [(view, name) for name, views in CELLS.items() for view in views]
+    text = report({(peer.name, cell): [sample()] for peer in (UVICORN, GUNICORN) for cell in cells})
+    assert [peer.name in text for peer in PEERS] == [False, True, True, False]
+    assert "1,000 requests measured, 0 errors" in text
+
+
+def test_profile_gives_helpers_time_to_their_caller() -> None:
+    template = ("/lib/site-packages/django/template/base.py", "render")
+    assert layer_of(
+        [("/lib/json.py", "dumps"), ("/x/django/utils/html.py", "escape"), template]
+    ) == ("Django: rendering the template")
+    assert layer_of([("/lib/json.py", "dumps")]) == "elsewhere"
+
+
+def test_profile_shares_out_the_time_of_a_request() -> None:
+    stacks = [([("/x/tornado/web.py", "f")], 3), ([("/x/momoko/pool.py", "g")], 1)]
+    profile = analyse(stacks, "view", 200.0)
+    assert [(share, us) for _, share, us in profile.layers] == [(0.75, 150.0), (0.25, 50.0)]
+    assert shares({"a": 1}, 10.0) == [("a", 1.0, 10.0)]
+
+
+@pytest.mark.parametrize("rows", [1, 25, 500])
+def test_the_2009_view_has_the_rows_asked_for(rows: int) -> None:
+    blogs = [year_and_sport(number, rows) for number in range(BLOGS)]
+    assert blogs.count((2009, False)) == rows
+    assert blogs.count((2009, True)) == rows
+
+
+@contextlib.asynccontextmanager
+async def serving(answer: Callable[[bytes, asyncio.StreamWriter], None]) -> AsyncIterator[int]:
+    """The port of a server that hands each request to ``answer``; all its connections are closed at the exit."""
+    connections: list[asyncio.Task[None]] = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer), contextlib.suppress(ConnectionError):
+            while not writer.is_closing() and (request := await reader.read(1000)):
+                answer(request, writer)
+
+    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(asyncio.ensure_future(talk(reader, writer)))
+
+    async with await asyncio.start_server(connected, "127.0.0.1", 0) as server:
+        yield server.sockets[0].getsockname()[1]
+        await asyncio.gather(*connections)
+
+
+def run_load(answer: bytes, *, most: int = 10) -> Outcome:
+    """Against a server that gives every request the same bytes."""
+
+    def reply(request: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer)
+        if b"close" in answer:
+            writer.close()
+
+    async def main() -> Outcome | WireError:
+        async with serving(reply) as port:
+            try:
+                plan = Plan(port, [("/", "hello")], connections=2, seconds=30, most=most)
+                return await load(plan)
+            except WireError as error:
+                return error
+
+    outcome = asyncio.run(main())
+    if isinstance(outcome, WireError):
+        raise outcome
+    return outcome
+
+
+@pytest.mark.parametrize("answer", [PLAIN, CHUNKED])
+def test_load_counts_the_right_answers(answer: bytes) -> None:
+    outcome = run_load(answer)
+    assert (outcome.requests, outcome.reconnects) == (10, 0)
+
+
+def test_load_connects_again_when_the_server_closes() -> None:
+    answer = PLAIN.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    outcome = run_load(answer)
+    assert outcome.requests == 10
+    assert outcome.reconnects >= 8
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (PLAIN.replace(b"200 OK", b"500 Oh"), "GET /: status 500"),
+        (PLAIN.replace(b"hello", b"holla"), "GET /: a wrong body: b'holla', not b'hello'"),
+        (b"SSH-2.0\r\n\r\n", "GET /: not the status line"),
+    ],
+)
+def test_load_ends_at_the_first_wrong_answer(answer: bytes, message: str) -> None:
+    with pytest.raises(WireError, match=message):
+        run_load(answer)
+
+
+def parked_polls(messages: list[str]) -> str:
+    """Two polls parked and then answered by a server that publishes ``messages``; the cursor they go on from."""
+    body = json.dumps({"messages": messages, "cursor": "2"}).encode()
+    waiting: list[asyncio.StreamWriter] = []
+    all_wait = asyncio.Event()
+
+    def reply(request: bytes, writer: asyncio.StreamWriter) -> None:
+        waiting.append(writer)
+        if len(waiting) == 2:
+            all_wait.set()
+        if b"/publish" in request:
+            for each in waiting:
+                each.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+
+    async def main() -> str | WireError:
+        async with serving(reply) as port:
+            fleet = Fleet(Polls(port, 2, "1", "/poll?cursor=", "/publish"))
+            await fleet.park()
+            await all_wait.wait()
+            try:
+                await fleet.publish()
+                return fleet.cursor
+            except WireError as error:
+                return error
+            finally:
+                await fleet.hang_up()
+
+    cursor = asyncio.run(main())
+    if isinstance(cursor, WireError):
+        raise cursor
+    return cursor
+
+
+def test_pollers_wait_for_every_answer_and_go_on_from_its_cursor() -> None:
+    assert parked_polls(["something happened"]) == "2"
+
+
+def test_pollers_refuse_an_answer_without_the_message() -> None:
+    with pytest.raises(WireError, match="not the one message"):
+        parked_polls([])
+
+
+def test_request_has_a_host() -> None:
+    assert request_bytes("/a/").startswith(b"GET /a/ HTTP/1.1\r\nHost: 127.0.0.1\r\n")
+
+
+def test_full_run_has_the_rounds_a_median_needs() -> None:
+    from bench.__main__ import FULL, QUICK
+
+    assert all(isinstance(pace, Pace) and pace.rounds >= 3 for pace in (FULL, QUICK))
