@@ -1,4 +1,4 @@
-"""The project that every server of the benchmark serves, as ``startproject`` would lay it out.
+"""The project that every server of the benchmark serves, as ``startproject`` would lay it out but for the admin.
 
 What differs from run to run comes in by environment variables, which ``bench.servers`` sets.
 """
@@ -25,7 +25,6 @@ TIME_ZONE = "UTC"
 STATIC_URL = "static/"
 
 INSTALLED_APPS = [
-    "django.contrib.admin",
     "django.contrib.auth",
     "django.contrib.contenttypes",
     "django.contrib.sessions",
@@ -34,7 +33,7 @@ INSTALLED_APPS = [
     "bench.project",
 ]
 if TORNADO:
-    INSTALLED_APPS.append("tornjango")
+    INSTALLED_APPS.insert(0, "tornjango")
 
 MIDDLEWARE: list[str] = []
 if os.environ.get("BENCH_MIDDLEWARE") == "default":
