@@ -18,7 +18,7 @@ from tornjango.conf import get_config
 from tornjango.db import pools
 from tornjango.handlers import BodyReceiver, DjangoHandler, refuse_on
 from tornjango.middleware import Chain
-from tornjango.requests import path_info, script_name
+from tornjango.requests import ServerRequest, path_info, script_name
 from tornjango.routing import Route, Routes, is_handler
 from tornjango.staticfiles import StaticFiles, StaticHandler
 from tornjango.views import Kind, adapt, kind_of, view_name
@@ -138,15 +138,10 @@ class RequestReceiver(HTTPMessageDelegate):
 
     def headers_received(self, start_line: Any, headers: HTTPHeaders) -> Any:
         try:
-            request = HTTPServerRequest(
-                connection=self.request_conn,
-                server_connection=self.server_conn,
-                start_line=start_line,
-                headers=headers,
-            )
-        except (HTTPInputError, ValueError) as exc:
+            request = ServerRequest(self.request_conn, start_line, headers, self.server_conn)
+        except HTTPInputError as exc:
             logger.warning("Bad request from %s: %s", self.request_conn.context, exc)
-            refuse_on(self.request_conn, 400, f"Bad request: {exc}")
+            refuse_on(self.request_conn, start_line.method, 400, f"Bad request: {exc}")
             return None
         self.delegate = self.application.find_handler(request)
         return self.delegate.headers_received(start_line, headers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import logging
 import sys
 import time
@@ -28,6 +29,7 @@ from tornado.iostream import StreamClosedError
 from tornado.web import RequestHandler
 
 from tornjango.conf import get_config
+from tornjango.exceptions import Overloaded
 from tornjango.requests import Body, TornadoRequest
 
 if TYPE_CHECKING:
@@ -38,6 +40,19 @@ access_log = logging.getLogger("django.server")
 
 #: What is read of a file, and given to a worker thread, at a time; in bytes.
 FILE_CHUNK = 64 * 1024
+
+
+#: What a client may still send of a body that is refused, before its connection is closed: closing on unread data
+#: resets the answer away (RFC 9112, 9.6). In bytes, and in seconds.
+DROPPED_BYTES = 4 * 1024 * 1024
+DROPPED_SECONDS = 5.0
+
+
+class Cut(enum.Enum):
+    """Why a request ends before its time."""
+
+    LEFT = "its client left"
+    STOPPED = "the server is stopping"
 
 
 class BodyReceiver(HTTPMessageDelegate):
@@ -55,58 +70,93 @@ class BodyReceiver(HTTPMessageDelegate):
         self.handler_class = handler_class
         self.match = match
         self.body = Body()
-        self.refused = False
         self._limit = get_config().MAX_BODY_SIZE
+        #: Bytes that came after the request was refused; None while it is not.
+        self._dropped: int | None = None
 
     def headers_received(self, start_line: Any, headers: HTTPHeaders) -> None:
         connection: Any = self.request.connection
         connection.set_max_body_size(sys.maxsize)  # ours answers 413, Tornado's a bare 400
         declared = headers.get("Content-Length", "")
-        if declared.isdecimal() and int(declared) > self._limit:
-            self._refuse()
+        # What is not a number, or one of thousands of digits, Tornado refuses when it reads the body.
+        if declared.isdecimal() and len(declared) < 20 and int(declared) > self._limit:
+            connection.set_body_timeout(DROPPED_SECONDS)
+            self._refuse_size()
+            if "Expect" in headers:  # it waits for a word before it sends anything
+                connection.finish()
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
-        if self.refused:
+        if self._dropped is not None:
+            self._drop(chunk)
             return None
         self.body.size += len(chunk)
         if self.body.size > self._limit:
-            self._refuse()
+            self._refuse_size()
         elif self.body.on_disk:
-            loop = asyncio.get_running_loop()
-            return loop.run_in_executor(self.application.workers.pool, self.body.write, chunk)
+            return self._write_to_disk(chunk)
         else:
             self.body.write(chunk)
         return None
 
     def finish(self) -> None:
-        if not self.refused:
+        if self._dropped is None:
             handler = self.handler_class(self.application, self.request)
             handler.start(self.body, self.match)
+        else:
+            self._hang_up()
 
     def on_connection_close(self) -> None:
         self.body.close()
 
-    def _refuse(self) -> None:
-        """Answers at once; Tornado then closes the connection rather than read the rest."""
-        self.refused = True
+    async def _write_to_disk(self, chunk: bytes) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self.application.workers.pool, self.body.write, chunk)
+        except Overloaded as exc:
+            self._refuse(503, str(exc), "The server is busy. Please try again in a moment.")
+        except OSError as exc:  # the disk is full, say
+            reason = "The server cannot store the request body."
+            self._refuse(507, f"{reason} ({exc})", reason)
+
+    def _refuse_size(self) -> None:
+        reason = f"The request body is larger than {self._limit} bytes."
+        self._refuse(413, reason, reason)
+
+    def _refuse(self, status: int, log: str, reason: str) -> None:
+        self._dropped = 0
         self.body.close()
-        refuse(self.request, 413, f"The request body is larger than {self._limit} bytes.")
+        request = self.request
+        logger.warning("%s %s from %s: %s", request.method, request.path, request.remote_ip, log)
+        write_plainly(request.connection, request.method, status, reason)
+
+    def _drop(self, chunk: bytes) -> None:
+        self._dropped = (self._dropped or 0) + len(chunk)
+        if self._dropped > DROPPED_BYTES:
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        connection: Any = self.request.connection
+        connection.finish()
+        connection.close()
 
 
-def refuse(request: HTTPServerRequest, status: int, reason: str) -> None:
-    """Answers a request that is not let in, logs it once, and closes its connection."""
-    logger.warning("%s %s from %s: %s", request.method, request.path, request.remote_ip, reason)
-    refuse_on(request.connection, status, reason)
-
-
-def refuse_on(connection: Any, status: int, reason: str) -> None:
-    content = reason.encode()
+def write_plainly(connection: Any, method: str | None, status: int, reason: str) -> None:
+    """Writes an answer that is not Django's, the last one of its connection."""
+    content = f"{reason}\n".encode()
     headers = HTTPHeaders()
     headers["Content-Type"] = "text/plain; charset=utf-8"
     headers["Content-Length"] = str(len(content))
     headers["Connection"] = "close"
+    if status == 503:
+        headers["Retry-After"] = "1"
     start_line = ResponseStartLine("HTTP/1.1", status, HttpResponse(status=status).reason_phrase)
-    connection.write_headers(start_line, headers, content)
+    connection.write_headers(start_line, headers, b"" if method == "HEAD" else content)
+
+
+def refuse_on(connection: Any, method: str | None, status: int, reason: str) -> None:
+    """Answers a request that Django does not see, and closes its connection."""
+    write_plainly(connection, method, status, reason)
+    connection._disconnect_on_finish = True
     connection.finish()
 
 
@@ -121,9 +171,11 @@ class DjangoHandler(RequestHandler):
     view_name = ""
 
     def start(self, body: Body, match: ResolverMatch | None) -> None:
-        self._left = asyncio.get_running_loop().create_future()
+        self._cut: asyncio.Future[Cut] = asyncio.get_running_loop().create_future()
         self._body = body
         self._match = match
+        self._begun = False
+        self._sent = 0
         self.application.in_flight.add(self)
         self.task = asyncio.create_task(self._live())
 
@@ -138,30 +190,29 @@ class DjangoHandler(RequestHandler):
 
     def on_connection_close(self) -> None:
         """The client has left: everything that is done for it is cancelled."""
-        if not self._left.done():
-            self._left.set_result(None)
-            self.task.cancel()
+        self._cut_short(Cut.LEFT)
 
     def stop(self) -> None:
         """The server does not wait for this request any longer: it is answered 503."""
-        self.task.cancel()
+        self._cut_short(Cut.STOPPED)
+
+    def _cut_short(self, why: Cut) -> None:
+        if not self._cut.done():
+            self._cut.set_result(why)
+            self.task.cancel()
 
     # Its life
 
     async def _live(self) -> None:
         try:
             await self._answer()
-        except StreamClosedError:
-            pass  # the client left while it was being written to
-        except asyncio.CancelledError:
-            if not self._left.done():
-                self._answer_plainly(503, "The server is stopping.")
-        except Exception:
-            # Not the view's: Django has answered those. The last stand between a fault and the server.
-            logger.exception(
-                "%s %s failed outside of Django", self.request.method, self.request.uri
-            )
-            self._answer_plainly(500, "Internal Server Error")
+        except Overloaded as exc:
+            logger.warning("%s is answered 503: %s", self._line(), exc)
+            self._answer_plainly(503, "The server is busy. Please try again in a moment.")
+        except (StreamClosedError, asyncio.CancelledError) as exc:
+            self._end_early(exc)
+        except Exception:  # noqa: BLE001  not the view's, which Django has answered: the server's last stand
+            self._fail()
         finally:
             self.application.in_flight.discard(self)
             self._body.close()
@@ -171,10 +222,10 @@ class DjangoHandler(RequestHandler):
         request = TornadoRequest(self.request, self._body)
         request.route_match = self._match
         set_script_prefix(f"{request.script_name}/")
-        await _send_signal(signals.request_started, type(self), environ=request.META)
         try:
+            await _send_signal(signals.request_started, type(self), environ=request.META)
             response = await self.get_response(request)
-        except asyncio.CancelledError:
+        except BaseException:
             request.close()
             await _send_signal(signals.request_finished, type(self))
             raise
@@ -183,36 +234,64 @@ class DjangoHandler(RequestHandler):
             await self._send(response)
         finally:
             await _close(response)
-        self._log(response)
+        self._log_access(response)
 
     async def get_response(self, request: HttpRequest) -> HttpResponseBase:
         return cast(HttpResponseBase, await self.application.chain.get_response_async(request))
 
+    def _end_early(self, exc: BaseException) -> None:
+        """The client left, or the server stops; or else something below has raised what only these may."""
+        stream: Any = self.request.connection.stream  # type: ignore[union-attr]
+        if self._cut.done() and self._cut.result() is Cut.STOPPED:
+            self._answer_plainly(503, "The server is stopping. Please try again in a moment.")
+        elif not self._cut.done() and stream is not None and not stream.closed():
+            self._fail()
+
+    def _fail(self) -> None:
+        logger.exception(
+            "%s failed outside of Django (view: %s)", self._line(), self.view_name or "none"
+        )
+        self._answer_plainly(500, "Internal Server Error")
+
+    def _answer_plainly(self, status: int, reason: str) -> None:
+        connection: Any = self.request.connection
+        if self._finished or connection.stream is None or connection.stream.closed():
+            return
+        if self._begun:  # there is no way back but to break off
+            connection.close()
+        else:
+            refuse_on(connection, self.request.method, status, reason)
+
     # Its answer
 
     async def _send(self, response: HttpResponseBase) -> None:
-        self.set_status(response.status_code, response.reason_phrase)
-        start_line = ResponseStartLine("HTTP/1.1", response.status_code, response.reason_phrase)
+        status = response.status_code
         headers = _wire_headers(response)
-        connection = self.request.connection
-        assert connection is not None
-        bodyless = self.request.method == "HEAD" or response.status_code in (204, 304)
-        if self.application.draining:
+        connection: Any = self.request.connection
+        bodyless = self.request.method == "HEAD" or status in (204, 304)
+        content = b"" if response.streaming else cast(HttpResponse, response).content
+        if status == 204:
+            headers.pop("Content-Length", None)  # RFC 9110, 8.6
+        elif status != 304 and not response.streaming:
+            headers.setdefault("Content-Length", str(len(content)))
+        if self._is_last(headers):
             headers["Connection"] = "close"
-        if not response.streaming:
-            content: bytes = response.content  # type: ignore[attr-defined]
-            if response.status_code not in (204, 304):
-                headers.setdefault("Content-Length", str(len(content)))
-            self._sent = len(content)
-            connection.write_headers(start_line, headers, b"" if bodyless else content)
-        else:
-            self._sent = 0
-            await self._flushed(connection.write_headers(start_line, headers))
-            if not bodyless:
-                await self._stream(response)
+            connection._disconnect_on_finish = True
+        start_line = ResponseStartLine("HTTP/1.1", status, response.reason_phrase)
+        written = connection.write_headers(start_line, headers, b"" if bodyless else content)
+        self._begun = True
+        self._sent = 0 if bodyless else len(content)
+        await self._flushed(written)
+        if response.streaming and not bodyless:
+            await self._stream(response)
         connection.finish()
-        if self.request.version == "HTTP/1.0" and "Content-Length" not in headers:
-            connection.close()  # type: ignore[attr-defined]  # only its end says where the body ends
+        self._finished = True
+
+    def _is_last(self, headers: HTTPHeaders) -> bool:
+        """Whether the connection closes behind this answer."""
+        # To HTTP/1.0 only the connection's end says where a body of unknown length ends.
+        endless = self.request.version == "HTTP/1.0" and "Content-Length" not in headers
+        return endless or self.application.draining or headers.get("Connection") == "close"
 
     async def _stream(self, response: Any) -> None:
         file = getattr(response, "file_to_stream", None)
@@ -225,7 +304,18 @@ class DjangoHandler(RequestHandler):
                 async for part in parts:
                     await self._write(part)
         else:
-            await sync_to_async(self._pump)(response, asyncio.get_running_loop())
+            await self._pump_in_thread(response)
+
+    async def _pump_in_thread(self, response: Any) -> None:
+        loop = asyncio.get_running_loop()
+        pumping = asyncio.ensure_future(sync_to_async(self._pump)(response, loop))
+        try:
+            await asyncio.shield(pumping)
+        except asyncio.CancelledError:
+            # The thread notices with its next part. Until then it holds what closing the response would take from it.
+            await asyncio.wait({pumping})
+            pumping.exception()
+            raise
 
     def _pump(self, response: Any, loop: asyncio.AbstractEventLoop) -> None:
         """Iterates in one worker thread from beginning to end: a database cursor that it reads stays on its thread."""
@@ -233,7 +323,9 @@ class DjangoHandler(RequestHandler):
             asyncio.run_coroutine_threadsafe(self._write(part), loop).result()
 
     async def _write(self, chunk: bytes) -> None:
-        """Returns when the client has taken it; raises ``StreamClosedError`` when it has left."""
+        """Returns when the system has taken it; raises ``StreamClosedError`` when it is no longer wanted."""
+        if self._cut.done():
+            raise StreamClosedError
         if chunk:
             assert self.request.connection is not None
             self._sent += len(chunk)
@@ -242,31 +334,22 @@ class DjangoHandler(RequestHandler):
     async def _flushed(self, written: asyncio.Future[None]) -> None:
         # Tornado forgets the future of a write whose connection closes: it would be waited for without end.
         if not written.done():
-            await asyncio.wait({written, self._left}, return_when=asyncio.FIRST_COMPLETED)
-        if self._left.done():
-            raise StreamClosedError
+            await asyncio.wait({written, self._cut}, return_when=asyncio.FIRST_COMPLETED)
+            if self._cut.done():
+                raise StreamClosedError
         await written
 
-    def _answer_plainly(self, status: int, reason: str) -> None:
-        connection: Any = self.request.connection
-        if connection.stream is None or connection.stream.closed():
-            return
-        if (
-            connection._response_start_line is not None
-        ):  # it has begun: there is no way back but to break off
-            connection.close()
-            return
-        refuse_on(connection, status, reason)
+    def _line(self) -> str:
+        return f"{self.request.method} {self.request.uri} {self.request.version}"
 
-    def _log(self, response: HttpResponseBase) -> None:
+    def _log_access(self, response: HttpResponseBase) -> None:
         """A line as runserver writes it."""
         if settings.DEBUG and access_log.isEnabledFor(logging.INFO):
-            line = f"{self.request.method} {self.request.uri} {self.request.version}"
             level = logging.INFO if response.status_code < 400 else logging.WARNING
             access_log.log(
                 level if response.status_code < 500 else logging.ERROR,
                 '"%s" %s %s',
-                line,
+                self._line(),
                 response.status_code,
                 self._sent,
                 extra={
@@ -280,7 +363,7 @@ class DjangoHandler(RequestHandler):
 def _wire_headers(response: HttpResponseBase) -> HTTPHeaders:
     headers = HTTPHeaders()
     for name, value in response.items():
-        headers.add(name, value)
+        headers[name] = value
     for cookie in response.cookies.values():
         # Without the space that output() begins with, and Tornado refuses.
         headers.add("Set-Cookie", cookie.output(header="").strip())
@@ -302,8 +385,11 @@ async def _close(response: HttpResponseBase) -> None:
     iterates = response.streaming and not getattr(response, "file_to_stream", None)
     if _only_django_listens(signals.request_finished) and not iterates:
         response.close()
-    else:
+        return
+    try:
         await sync_to_async(response.close)()
+    except Overloaded:  # better a moment of the loop's time than a file left open
+        response.close()
 
 
 def _only_django_listens(signal: Signal) -> bool:

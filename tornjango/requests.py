@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
+import time
+from functools import lru_cache
 from io import BytesIO
 from typing import IO, Any
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from django.conf import settings
 from django.http import HttpRequest, QueryDict, parse_cookie
@@ -13,7 +16,84 @@ from django.http.request import HttpHeaders
 from django.urls import ResolverMatch
 from django.utils.encoding import repercent_broken_unicode
 from django.utils.functional import cached_property
-from tornado.httputil import HTTPServerRequest
+from tornado.escape import parse_qs_bytes
+from tornado.httputil import (
+    HTTPHeaders,
+    HTTPInputError,
+    HTTPServerRequest,
+    RequestStartLine,
+    split_host_and_port,
+)
+from tornado.web import HTTPError
+
+# RFC 3986, 3.2.2 and 3.2.3; Django looks again, at the hosts it allows.
+_HOST = re.compile(r"(\[[0-9A-Za-z:.%_~-]*\]|[0-9A-Za-z._~!$&'()*+;=%-]*)(:[0-9]{0,5})?")
+
+
+class ServerRequest(HTTPServerRequest):
+    """A request's line and headers, as handlers of Tornado's own know them.
+
+    The query is parsed when it is asked for, not before: Django's views have a parser and limits of their own.
+    """
+
+    def __init__(
+        self,
+        connection: Any,
+        start_line: RequestStartLine,
+        headers: HTTPHeaders,
+        server_connection: object = None,
+    ) -> None:
+        """Raises ``HTTPInputError`` for a host that cannot be one."""
+        self.method, self.uri, self.version = start_line
+        self.headers = headers
+        self.connection = connection
+        self.server_connection = server_connection
+        self.remote_ip = connection.context.remote_ip
+        self.protocol = connection.context.protocol
+        if "://" in self.uri:
+            self._take_host_from_target(self.uri)
+        self.host = _checked_host(headers, self.version)
+        self.path, _, self.query = self.uri.partition("?")
+        self.body = b""
+        self.files = {}
+        self.body_arguments = {}
+        self._start_time = time.time()
+        self._finish_time = None
+
+    def _take_host_from_target(self, target: str) -> None:
+        """``GET http://host/path`` is asked of proxies and means what ``Host`` would (RFC 9112, 3.2.2)."""
+        if not target.lower().startswith(("http://", "https://")):
+            return
+        try:
+            parts = urlsplit(target)
+        except ValueError as exc:
+            raise HTTPInputError(f"Invalid request target: {exc}") from exc
+        self.headers["Host"] = parts.netloc
+        self.uri = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+
+    @cached_property
+    def host_name(self) -> str:  # type: ignore[override]
+        return split_host_and_port(self.host.lower())[0]
+
+    def _parse_query(self) -> dict[str, list[bytes]]:
+        try:
+            return parse_qs_bytes(self.query, keep_blank_values=True, max_num_fields=1000)
+        except ValueError as exc:
+            raise HTTPError(400, f"Invalid query string: {exc}") from exc
+
+    arguments = cached_property(_parse_query)
+    query_arguments = cached_property(_parse_query)
+
+
+def _checked_host(headers: HTTPHeaders, version: str) -> str:
+    hosts = headers.get_list("Host")
+    if not hosts and version == "HTTP/1.0":
+        return "127.0.0.1"
+    if len(hosts) != 1:
+        raise HTTPInputError("Multiple Host headers" if hosts else "Missing Host header")
+    if not _HOST.fullmatch(hosts[0]):
+        raise HTTPInputError(f"Invalid Host header: {hosts[0]!r}")
+    return hosts[0]
 
 
 class Body:
@@ -31,7 +111,7 @@ class Body:
     def write(self, chunk: bytes) -> None:
         if self._file is None:
             self._file = tempfile.SpooledTemporaryFile(  # noqa: SIM115  close() does
-                max_size=settings.FILE_UPLOAD_MAX_MEMORY_SIZE,
+                max_size=settings.FILE_UPLOAD_MAX_MEMORY_SIZE or 1,  # of 0 it would make "no limit"
                 mode="w+b",
                 dir=settings.FILE_UPLOAD_TEMP_DIR,
             )
@@ -65,7 +145,7 @@ class TornadoRequest(HttpRequest):
         # HttpRequest.__init__ would fill GET, POST, COOKIES, META and FILES, which are lazy here.
         self.tornado_request = request
         self.script_name = script_name()
-        self.path_info = path_info(request.path, self.script_name)
+        self.path_info = self.routed_path = path_info(request.path, self.script_name)
         self.path = f"{self.script_name}/{self.path_info.removeprefix('/')}"
         self.method = (request.method or "").upper()
         self.resolver_match = None
@@ -95,11 +175,9 @@ class TornadoRequest(HttpRequest):
             "wsgi.multiprocess": True,
         }
         for name, value in request.headers.get_all():
-            if "_" in name:
+            key = _meta_key(name)
+            if key is None:
                 continue
-            key = name.upper().replace("-", "_")
-            if key not in ("CONTENT_TYPE", "CONTENT_LENGTH"):
-                key = f"HTTP_{key}"
             if key in meta:
                 # RFC 9110, 5.3; for cookies RFC 9113, 8.2.3.
                 value = f"{meta[key]}{'; ' if key == 'HTTP_COOKIE' else ','}{value}"
@@ -114,7 +192,9 @@ class TornadoRequest(HttpRequest):
 
     @cached_property
     def GET(self) -> QueryDict:  # type: ignore[override]
-        return QueryDict(self.META["QUERY_STRING"], encoding=self.encoding)
+        # As bytes: what is not percent-encoded is to be decoded by the request's encoding as well.
+        query: bytes = self.META["QUERY_STRING"].encode("latin-1")
+        return QueryDict(query, encoding=self.encoding)
 
     @cached_property
     def COOKIES(self) -> dict[str, str]:  # type: ignore[override]
@@ -154,11 +234,21 @@ def path_info(raw_path: str, prefix: str = "") -> str:
 
     Tornado has decoded the request line as latin-1, so that any byte a client sent is still there.
     """
-    decoded = unquote_to_bytes(raw_path.encode("latin-1"))
-    path = repercent_broken_unicode(decoded).decode()
+    path = raw_path
+    if "%" in raw_path or not raw_path.isascii():
+        path = repercent_broken_unicode(unquote_to_bytes(raw_path.encode("latin-1"))).decode()
     if prefix and f"{path}/".startswith(f"{prefix}/"):
         path = path[len(prefix) :]
     return path or "/"
+
+
+@lru_cache(1000)
+def _meta_key(header: str) -> str | None:
+    """``HTTP_X_A`` for ``X-A``; None for a name that would be taken for another."""
+    if "_" in header:
+        return None
+    key = header.upper().replace("-", "_")
+    return key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}"
 
 
 def _server_address(request: HTTPServerRequest) -> tuple[str, str]:
