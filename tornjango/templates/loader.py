@@ -263,5 +263,6 @@ def _listable(loader: base.Loader) -> bool:
 
 
 def unlisted(engine: Engine) -> list[base.Loader]:
-    """The engine's loaders that the registry could not replace."""
-    return [loader for loader in engine.template_loaders if not isinstance(loader, Loader)]
+    """The project's loaders that the registry could not stand in for."""
+    others = [loader for loader in engine.template_loaders if not isinstance(loader, Loader)]
+    return [getattr(loader, "loaders", [loader])[0] for loader in others]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from types import FrameType
 from typing import Any
 
@@ -100,18 +101,25 @@ def _written(node: Node) -> str:
 
 def _jinja_place(template: Any, line: int) -> Place:
     number = template.get_corresponding_lineno(line)
-    source, *_ = template.environment.loader.get_source(template.environment, template.name)
-    text = source.splitlines()[number - 1].strip()
-    tags = " ".join(JINJA_TAG.findall(text)) or text
-    return Place(template.name, number, tags, bool(JINJA_FRAME.match(text)))
+    text = _jinja_line(template, number)
+    tags = " ".join(JINJA_TAG.findall(text)) or text or "Something"
+    return Place(template.name or "<unknown source>", number, tags, bool(JINJA_FRAME.match(text)))
+
+
+def _jinja_line(template: Any, number: int) -> str:
+    loader = template.environment.loader
+    if template.name is None or not loader.has_source_access:
+        return ""
+    source, *_ = loader.get_source(template.environment, template.name)
+    return "".join(source.splitlines()[number - 1 : number]).strip()
 
 
 def _steps(places: list[Place]) -> Iterator[Place]:
     """The innermost place of each template on the way."""
-    following = [*places[1:], None]
-    for place, after in zip(places, following, strict=True):
-        if after is None or (after.template != place.template and not place.frame):
+    for place, after in pairwise(places):
+        if after.template != place.template and not place.frame:
             yield place
+    yield from places[-1:]
 
 
 def _caller(frames: list[tuple[FrameType, int]]) -> str:

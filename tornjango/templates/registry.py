@@ -15,6 +15,7 @@ from django.template.backends.base import BaseEngine
 from django.template.backends.django import DjangoTemplates
 from django.template.engine import Engine
 from django.utils import formats, timezone, translation
+from django.utils.autoreload import is_django_path
 from django.utils.translation import check_for_language
 
 from tornjango.templates import files, loader
@@ -133,14 +134,17 @@ def _tell(thing: object) -> None:
 def _unresolved(django_engines: list[Engine]) -> Iterator[TemplateProblem]:
     """``extends`` and ``include`` of names that no engine has.
 
-    A name that only another engine has is left alone: the templates of Django's widgets, for one, are found by both
-    the project's engine and the form renderer's, but include what only the latter can load.
+    A name that only another engine has is left alone: the templates of the admin's widgets, for one, are found by both
+    the project's engine and the form renderer's, but include what only the latter can load. So are Django's own
+    templates, which do so even where the form renderer is Jinja2's.
     """
     if any(loader.unlisted(engine) for engine in django_engines):
         return
     loaders = [each for engine in django_engines for each in loader.installed(engine)]
     for reference in (reference for each in loaders for reference in each.references()):
-        if not any(each.has(reference.target, skip=reference.skip) for each in loaders):
+        if not is_django_path(reference.path) and not any(
+            each.has(reference.target, skip=reference.skip) for each in loaders
+        ):
             yield reference.problem()
 
 
