@@ -47,6 +47,7 @@ TEMPLATES = [
     {
         "BACKEND": "django.template.backends.django.DjangoTemplates",
         "APP_DIRS": True,
+        "DIRS": [os.path.join(os.path.dirname(__file__), "templates")],
         "OPTIONS": {
             "context_processors": [
                 "django.template.context_processors.request",

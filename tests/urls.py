@@ -55,5 +55,8 @@ urlpatterns = [
     path("tornado/<int:name>/", views.Plain, {"greeting": "good day"}),
     path("socket/", views.Socket),
     path("blog/", include(more, namespace="journal")),
+    path("user/", views.user),
+    path("user-async/", views.user_async),
+    path("creates-and-fails/", views.creates_and_fails),
     path("admin/", admin.site.urls),
 ]

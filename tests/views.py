@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from django.contrib.auth.decorators import login_required
+from django.db import connection
 from django.http import (
     FileResponse,
     HttpRequest,
@@ -20,8 +21,10 @@ from django.views import View
 from tornado.web import RequestHandler
 from tornado.websocket import WebSocketHandler
 
+from tests.app.models import Blog, Entry
 from tornjango import DeferredResponse, db, deferred
 from tornjango.exceptions import Overloaded
+from tornjango.shortcuts import arender
 
 #: What views tell the tests that look at them from inside.
 seen: list[Any] = []
@@ -103,8 +106,6 @@ def dressed(request: HttpRequest, response: DeferredResponse) -> None:
 
 
 def rendered(request: HttpRequest, response: DeferredResponse) -> None:
-    from tests.app.models import Entry
-
     response.render("tests/entries.html", {"entries": Entry.objects.order_by("pk")})
 
 
@@ -261,3 +262,18 @@ class Plain(RequestHandler):
 class Socket(WebSocketHandler):
     def on_message(self, message: str | bytes) -> None:
         self.write_message(message)
+
+
+def user(request: HttpRequest, response: DeferredResponse) -> None:
+    response.render("tests/user.html")
+
+
+async def user_async(request: HttpRequest) -> HttpResponse:
+    return await arender(request, "tests/user.html")
+
+
+def creates_and_fails(request: HttpRequest) -> HttpResponse:
+    Blog.objects.create(name="to be rolled back")
+    if connection.in_atomic_block:
+        seen.append("created in a transaction")
+    raise ValueError("created")

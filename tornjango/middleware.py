@@ -170,7 +170,7 @@ class Chain(BaseHandler):
     def resolve_request(self, request: HttpRequest) -> ResolverMatch:
         """Uses the match that routing has found already, where the resolver would find the same again."""
         match: ResolverMatch | None = getattr(request, "route_match", None)
-        if match is None or hasattr(request, "urlconf"):
+        if match is None or request.path_info != request.routed_path or hasattr(request, "urlconf"):  # type: ignore[attr-defined]
             return super().resolve_request(request)
         request.resolver_match = match
         return match

@@ -79,7 +79,7 @@ def _walk(
         shown = prefix + _shown(entry.pattern, bool(prefix))
         named = groups | frozenset(entry.pattern.regex.groupindex)
         if isinstance(entry, URLPattern):
-            name = ":".join((*namespaces, entry.name or ""))
+            name = ":".join((*namespaces, entry.name)) if entry.name else ""
             yield Route(shown, name, entry.callback, named, {**default_args, **entry.default_args})
         else:
             inner = (*namespaces, entry.namespace) if entry.namespace else namespaces

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
 from asgiref.sync import SyncToAsync, ThreadSensitiveContext
 from django.core.cache import close_caches
+from django.core.signals import request_finished, request_started
 from django.db import close_old_connections, connections, reset_queries
 
 from tornjango.exceptions import Overloaded
@@ -34,25 +36,29 @@ class WorkerPool(ThreadPoolExecutor):
         super().__init__(threads, thread_name_prefix="tornjango-worker")
         self._bound = threads + queue
         self._unfinished = 0
+        self._lock = threading.Lock()
 
     def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        if self._unfinished >= self._bound:
+        with self._lock:
+            full = self._unfinished >= self._bound
+            self._unfinished += not full
+        if full:
             raise Overloaded(
                 f"All {self._max_workers} worker threads are busy and "
                 f"{self._bound - self._max_workers} calls wait for one "
                 '(TORNJANGO["THREADS"], TORNJANGO["THREADS_QUEUE"]).'
             )
-        self._unfinished += 1
         try:
             future = super().submit(_in_worker, fn, *args, **kwargs)
         except BaseException:
-            self._unfinished -= 1
+            self._finished()
             raise
         future.add_done_callback(self._finished)
         return future
 
-    def _finished(self, future: Future[Any]) -> None:
-        self._unfinished -= 1
+    def _finished(self, future: Future[Any] | None = None) -> None:
+        with self._lock:
+            self._unfinished -= 1
 
 
 def _in_worker(fn: Callable[..., R], *args: Any, **kwargs: Any) -> R:
@@ -84,6 +90,15 @@ def _close_abandoned_transactions() -> None:
             connection.closed_in_transaction = False
 
 
+#: What Django does around a request, and ``_in_worker`` around a call: on the loop's thread it would find nothing to do.
+PER_REQUEST = [
+    (request_started, reset_queries),
+    (request_started, close_old_connections),
+    (request_finished, close_old_connections),
+    (request_finished, close_caches),
+]
+
+
 class Workers:
     """Sends every ``sync_to_async`` call, and the loop's default executor, to one :class:`WorkerPool`.
 
@@ -94,6 +109,7 @@ class Workers:
         self.pool = WorkerPool(threads, queue)
         self._key = ThreadSensitiveContext()
         SyncToAsync.context_to_thread_executor[self._key] = self.pool
+        self._taken_over = [pair for pair in PER_REQUEST if pair[0].disconnect(pair[1])]
 
     def enter(self) -> None:
         """Makes ``sync_to_async`` in the current context, and in tasks started from it, use the pool."""
@@ -106,4 +122,7 @@ class Workers:
     def close(self) -> None:
         """No more calls are taken; those under way go on until they return."""
         SyncToAsync.context_to_thread_executor.pop(self._key, None)
+        while self._taken_over:
+            signal, receiver = self._taken_over.pop()
+            signal.connect(receiver)
         self.pool.shutdown(wait=False, cancel_futures=True)

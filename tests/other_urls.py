@@ -1,0 +1,5 @@
+from django.urls import path
+
+from tests import views
+
+urlpatterns = [path("sync/", views.marked)]

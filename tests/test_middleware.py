@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from asgiref.sync import iscoroutinefunction
+from django.conf import settings
+from django.contrib.auth.models import User
+from django.db import connections
+from django.http import HttpRequest, HttpResponse
+from django.test import AsyncClient, override_settings
+from django.utils.decorators import sync_and_async_middleware
+from django.utils.deprecation import MiddlewareMixin
+from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
+
+import tornjango
+from tests import views
+from tests.app.models import Blog
+
+DJANGOS = [
+    "django.middleware.security.SecurityMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.locale.LocaleMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+    "django.middleware.http.ConditionalGetMiddleware",
+]
+
+calls: list[tuple[str, str]] = []
+
+
+def note(what: str) -> None:
+    calls.append((what, threading.current_thread().name))
+
+
+class Mixed(MiddlewareMixin):
+    """As most third-party middleware is written."""
+
+    def process_request(self, request: HttpRequest) -> None:
+        note("mixed request")
+
+    def process_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
+        note(f"mixed view {view.__name__}")
+
+    def process_exception(self, request: HttpRequest, exc: Exception) -> HttpResponse:
+        note("mixed exception")
+        return HttpResponse(f"mended: {exc}")
+
+    def process_response(self, request: HttpRequest, response: HttpResponse) -> HttpResponse:
+        note("mixed response")
+        return response
+
+
+def sync_only(get_response: Any) -> Callable[[HttpRequest], HttpResponse]:
+    def middleware(request: HttpRequest) -> HttpResponse:
+        note("sync before")
+        response: HttpResponse = get_response(request)
+        note("sync after")
+        return response
+
+    return middleware
+
+
+@sync_and_async_middleware
+def both(get_response: Any) -> Any:
+    if not iscoroutinefunction(get_response):  # something inside of it is sync only
+        return sync_only(get_response)
+
+    async def middleware(request: HttpRequest) -> HttpResponse:
+        note("both before")
+        response: HttpResponse = await get_response(request)
+        note("both after")
+        return response
+
+    return middleware
+
+
+class Short(MiddlewareMixin):
+    def process_request(self, request: HttpRequest) -> HttpResponse:
+        return HttpResponse("short")
+
+
+def here(name: str) -> str:
+    return f"{__name__}.{name}"
+
+
+@pytest.fixture
+def middleware(request: pytest.FixtureRequest) -> Iterator[None]:
+    with override_settings(MIDDLEWARE=request.param):
+        yield
+
+
+@pytest.fixture
+def app(middleware: None, io_loop: Any) -> Iterator[tornjango.Application]:
+    calls.clear()
+    application = tornjango.Application()
+    yield application
+    io_loop.run_sync(application.close)
+
+
+@pytest.fixture
+def fetch(app: tornjango.Application, http_client: AsyncHTTPClient, base_url: str) -> Any:
+    async def fetch(path: str, **options: Any) -> HTTPResponse:
+        request = HTTPRequest(base_url + path, follow_redirects=False, **options)
+        return await http_client.fetch(request, raise_error=False)
+
+    return fetch
+
+
+def with_middleware(*names: str) -> Any:
+    return pytest.mark.parametrize("middleware", [list(names)], indirect=True, ids=["chain"])
+
+
+@pytest.mark.gen_test
+@with_middleware(*DJANGOS)
+async def test_djangos_own_middleware_costs_no_thread(
+    fetch: Any, app: tornjango.Application
+) -> None:
+    answer = await fetch("/marked/", headers={"Cookie": "sessionid=x; csrftoken=" + "a" * 32})
+    assert answer.code == 200
+    assert (await fetch("/language/", headers={"Accept-Language": "de"})).body == b"de"
+    assert answer.headers["X-Frame-Options"] == "DENY"
+    assert "ETag" in answer.headers
+    assert not app.workers.pool._threads
+
+
+@pytest.mark.gen_test
+@with_middleware(*DJANGOS)
+async def test_a_session_is_saved_in_a_worker_thread(fetch: Any, database: None) -> None:
+    first = await fetch("/session/")
+    cookie = first.headers["Set-Cookie"].split(";")[0]
+    second = await fetch("/session/", headers={"Cookie": cookie})
+    assert (first.body, second.body) == (b"1", b"2")
+
+
+@pytest.mark.gen_test
+@with_middleware(*DJANGOS)
+async def test_conditional_get_is_answered_304(fetch: Any) -> None:
+    etag = (await fetch("/status/200/")).headers["ETag"]
+    answer = await fetch("/status/200/", headers={"If-None-Match": etag})
+    assert (answer.code, answer.body) == (304, b"")
+
+
+@pytest.mark.gen_test
+@with_middleware(here("Mixed"), here("sync_only"), here("both"))
+async def test_the_chain_runs_once_and_in_djangos_order(fetch: Any) -> None:
+    assert (await fetch("/marked/")).code == 200
+    assert [what for what, _ in calls] == [
+        "mixed request",
+        "sync before",
+        "both before",
+        "mixed view marked",
+        "both after",
+        "sync after",
+        "mixed response",
+    ]
+
+
+@pytest.mark.gen_test
+@with_middleware(here("sync_only"), here("both"), here("Mixed"))
+async def test_third_party_sync_code_runs_in_worker_threads_and_async_code_on_the_loop(
+    fetch: Any,
+) -> None:
+    await fetch("/marked/")
+    on_loop = {what for what, thread in calls if thread == "MainThread"}
+    assert on_loop == {"both before", "both after"}
+
+
+@pytest.mark.gen_test
+@with_middleware(here("sync_only"))
+async def test_sync_middleware_and_sync_view_share_a_thread(fetch: Any) -> None:
+    answer = await fetch("/sync/")
+    assert {thread for _, thread in calls} == {answer.body.decode().split('"')[7]}
+
+
+@pytest.mark.gen_test
+@with_middleware(here("Mixed"))
+@pytest.mark.parametrize("path", ["/fails-in-view/", "/fails-in-callback/"])
+async def test_process_exception_sees_what_a_view_or_its_callback_raised(
+    fetch: Any, path: str
+) -> None:
+    answer = await fetch(path)
+    assert answer.code == 200
+    assert answer.body.startswith(b"mended: in the ")
+
+
+@pytest.mark.gen_test
+@with_middleware(here("Short"))
+async def test_middleware_may_answer_before_routing(fetch: Any) -> None:
+    assert (await fetch("/no/such/path/")).body == b"short"
+
+
+class OtherUrlconf(MiddlewareMixin):
+    def process_request(self, request: HttpRequest) -> None:
+        request.urlconf = "tests.other_urls"  # type: ignore[attr-defined]
+
+
+class OtherPath(MiddlewareMixin):
+    def process_request(self, request: HttpRequest) -> None:
+        request.path_info = "/marked/"
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize(
+    "middleware", [[here("OtherUrlconf")], [here("OtherPath")]], indirect=True, ids=str
+)
+async def test_middleware_may_change_what_a_path_means(fetch: Any) -> None:
+    assert b"deferred" in (await fetch("/sync/")).body
+
+
+@pytest.mark.gen_test
+@with_middleware(*DJANGOS)
+async def test_a_forged_form_is_403_and_a_good_one_passes(fetch: Any, error_log: Any) -> None:
+    assert (await fetch("/protected-form/", method="POST", body="a=1")).code == 403
+    token = "a" * 32
+    headers = {"Cookie": f"csrftoken={token}"}
+    body = f"a=1&csrfmiddlewaretoken={token}"
+    answer = await fetch("/protected-form/", method="POST", body=body, headers=headers)
+    assert answer.code == 200
+
+
+@pytest.mark.gen_test
+@with_middleware(*DJANGOS)
+async def test_a_long_form_is_parsed_in_a_worker_thread(
+    fetch: Any, app: tornjango.Application
+) -> None:
+    token = "a" * 32
+    body = f"csrfmiddlewaretoken={token}&a={'x' * 100_000}"
+    headers = {"Cookie": f"csrftoken={token}"}
+    answer = await fetch("/protected-form/", method="POST", body=body, headers=headers)
+    assert (answer.code, len(app.workers.pool._threads)) == (200, 1)
+
+
+@pytest.mark.gen_test
+@with_middleware(*DJANGOS)
+async def test_arender_shows_the_user_who_is_logged_in(fetch: Any, database: None) -> None:
+    user = await User.objects.acreate(username="ann")
+    client = AsyncClient()
+    await client.aforce_login(user)
+    cookie = f"{settings.SESSION_COOKIE_NAME}={client.cookies['sessionid'].value}"
+    for path in ("/user/", "/user-async/"):
+        assert (await fetch(path, headers={"Cookie": cookie})).body == b"user: ann"
+        assert (await fetch(path)).body == b"user: "
+
+
+@pytest.mark.gen_test
+@with_middleware(*DJANGOS)
+async def test_atomic_requests_roll_back_a_sync_view_that_raises(
+    fetch: Any, database: None, error_log: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(connections.settings["default"], "ATOMIC_REQUESTS", True)
+    assert (await fetch("/creates-and-fails/")).code == 500
+    assert views.seen == ["created in a transaction"]
+    assert not await Blog.objects.aexists()
+    assert "created" in str(error_log.pop().exc_info[1])
