@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from django.core.exceptions import PermissionDenied
@@ -56,3 +57,9 @@ class ByInstance:
 
 
 comet.channel("instance:<str:answer>")(ByInstance())
+
+
+async def until_parked(count: int) -> None:
+    """Returns once so many readers wait; there is no event for what this watches."""
+    while comet.status()["parked"] < count:  # noqa: ASYNC110
+        await asyncio.sleep(0)
