@@ -115,5 +115,7 @@ if __name__ == "__main__":
         main(*sys.argv[1:])
     except PostgresError as error:
         sys.exit(str(error))
+    except PermissionError as error:
+        sys.exit(f"{error.filename} belongs to another user: who ran bin/demo here before?")
     except KeyboardInterrupt:
         sys.exit(0)

@@ -109,4 +109,7 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except PermissionError as error:
+        sys.exit(f"{error.filename} belongs to another user: who ran this command here before?")

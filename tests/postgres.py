@@ -6,6 +6,8 @@ that started it, however that ends.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import os
 import pwd
@@ -32,7 +34,7 @@ Mode = Literal["smart", "fast", "immediate"]
 FORGETFUL = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 
 # Ends the server and its socket's folder when the pipe on stdin closes: so does a process that is killed.
-WATCH = 'cat >/dev/null; "$1" stop -D "$2" -m fast -s >/dev/null 2>&1; rm -rf "$3"'
+WATCH = 'cat >/dev/null; "$1" stop -D "$2" -m fast -s >/dev/null 2>&1; rm -rf "$3" 2>/dev/null'
 
 
 class PostgresError(Exception):
@@ -52,7 +54,7 @@ class Postgres:
         self.host = "127.0.0.1" if tcp else ""
         self.port = _free_port() if tcp else 5432
         # A socket's path may have about a hundred characters; the folder's may be longer.
-        self.socket = Path(tempfile.mkdtemp(prefix="pg-"))
+        self.socket = Path(tempfile.gettempdir(), f"pg-{secrets.token_hex(8)}")
         self._password_file = self.folder.with_name(f"{self.folder.name}.password")
         known = self._password_file.exists()
         self.password = self._password_file.read_text() if known else secrets.token_hex(16)
@@ -73,16 +75,14 @@ class Postgres:
 
         Takes over the folder from a server that was left there by a process long gone.
         """
-        if self._watcher:
-            if self.pid is None:
-                self._start()
-            return
-        self._allow()
+        if self._watcher is None:
+            self._allow()
+            self._watcher = self._watch()
+            self._end_leftover()
         if not (self.folder / "PG_VERSION").exists():
             self._init()
-        self._end_leftover()
-        self._watcher = self._watch()
-        self._start()
+        if self.pid is None:
+            self._start()
 
     def stop(self, mode: Mode = "fast") -> None:
         """Returns when the server has ended. Does nothing when it does not run.
@@ -99,13 +99,11 @@ class Postgres:
 
     def freeze(self) -> None:
         """All the server's processes stand still: connections stay open, nothing is answered."""
-        for process in self._processes():
-            process.send_signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
         """Ends `freeze()`; harmless without it."""
-        for process in self._processes():
-            process.send_signal(signal.SIGCONT)
+        self._signal(signal.SIGCONT)
 
     def close(self) -> None:
         """Stops the server for good; closing twice is harmless."""
@@ -155,22 +153,45 @@ class Postgres:
         return f"postgresql:///{quote(database)}?{urlencode(query)}"
 
     def _allow(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.folder.chmod(0o700)
-        for path in (self.folder, self.socket):
-            _give(path)
-        for path in (self.folder, _bin(), self.socket):
-            _let_through(path)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.socket.mkdir(mode=0o700, exist_ok=True)
+        self._give(self.socket)
+        if self._account:
+            for path in (self.folder, _bin(), self.socket):
+                _let_through(path)
 
     def _init(self) -> None:
         self._password_file.touch(mode=0o600)
         self._password_file.write_text(self.password)
-        _give(self._password_file)
+        self._give(self._password_file)
+        # Under another name until it is whole: initdb may be killed half-way.
+        new = self.folder.with_name(f"{self.folder.name}.new")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(mode=0o700)
+        self._give(new)
         self._run(
-            *("initdb", "--no-sync", "--no-instructions", "-U", self.user, "-D", self.folder),
+            *("initdb", "--no-sync", "--no-instructions", "-U", self.user, "-D", new),
             *("-E", "UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"),
             *("--auth-local=trust", "--auth-host=scram-sha-256", "--pwfile", self._password_file),
         )
+        new.replace(self.folder)
+
+    @functools.cached_property
+    def _account(self) -> dict[str, Any]:
+        """Who runs it, in subprocess's words: us, but PostgreSQL refuses to run as root.
+
+        Then it is whose the data is, or "nobody", who is on every system and need not be made.
+        """
+        if os.geteuid() != 0:
+            return {}
+        nobody = pwd.getpwnam("nobody")
+        owner = self.folder.stat().st_uid if self.folder.exists() else 0
+        entry = pwd.getpwuid(owner) if owner else nobody
+        return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+
+    def _give(self, path: Path) -> None:
+        if self._account:
+            os.chown(path, self._account["user"], self._account["group"])
 
     def _end_leftover(self) -> None:
         if self.pid is not None:
@@ -206,17 +227,19 @@ class Postgres:
             start_new_session=True,
             cwd="/",
             env=_clean_env(),
-            **_account(),
+            **self._account,
         )
 
-    def _processes(self) -> list[psutil.Process]:
+    def _signal(self, number: signal.Signals) -> None:
         if self.pid is None:
-            return []
-        try:
-            main = psutil.Process(self.pid)
-            return [main, *main.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
+            return
+        main = psutil.Process(self.pid)
+        # First the one that makes the others.
+        main.send_signal(number)
+        for process in main.children(recursive=True):
+            # The server's processes come and go with its clients.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
 
     def _pg_ctl(self, action: str, *options: str) -> None:
         try:
@@ -241,7 +264,7 @@ class Postgres:
                 stderr=said,
                 cwd="/",
                 env=_clean_env() | (env or {}),
-                **_account(),
+                **self._account,
             )
             said.seek(0)
             text = said.read()
@@ -279,26 +302,11 @@ def _bin() -> Path:
     return Path(spec.origin).parent / "pginstall18" / "bin"
 
 
-def _account() -> dict[str, Any]:
-    """PostgreSQL refuses to run as root; "nobody" is on every system, and need not be made."""
-    if os.geteuid() != 0:
-        return {}
-    entry = pwd.getpwnam("nobody")
-    return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
-
-
-def _give(path: Path) -> None:
-    if account := _account():
-        os.chown(path, account["user"], account["group"])
-
-
 def _let_through(path: Path) -> None:
-    if not _account():
-        return
     for parent in path.parents:
         mode = parent.stat().st_mode
         if not mode & stat.S_IXOTH:
-            print(f'PostgreSQL runs as "nobody": chmod o+x {parent}', file=sys.stderr)
+            print(f"PostgreSQL does not run as root: chmod o+x {parent}", file=sys.stderr)
             parent.chmod(mode | stat.S_IXOTH)
 
 

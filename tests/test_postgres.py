@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -112,3 +113,25 @@ def test_a_server_that_was_left_behind_is_replaced(folder: Path) -> None:
     with Postgres(folder / "data") as server:
         wait_until_ended(left)
         assert server.psql("select 1") == "1\n"
+
+
+def test_data_half_made_by_a_killed_initdb_is_made_again(folder: Path) -> None:
+    (folder / "data.new").mkdir()
+    (folder / "data.new" / "PG_VERSION").write_text("18\n")
+    with Postgres(folder / "data") as server:
+        assert server.psql("select 1") == "1\n"
+
+
+def test_freezing_bears_with_backends_that_come_and_go(server: Postgres) -> None:
+    for _ in range(20):
+        server.psql("select 1")
+        server.freeze()
+        server.thaw()
+    assert server.psql("select 1") == "1\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+def test_root_runs_a_server_as_whose_data_it_is(folder: Path) -> None:
+    with Postgres(folder / "data") as server:
+        process = psutil.Process(server.pid)
+        assert process.uids().effective == (folder / "data").stat().st_uid != 0
