@@ -30,16 +30,18 @@ def _engines(value: object) -> bool:
     return isinstance(value, Mapping) and all(engine in ENGINES for engine in value.values())
 
 
-def _option(default: Any, valid: Callable[[object], bool], expects: str, help: str) -> Any:
+def _option(
+    default: Any, valid: Callable[[object], bool], expects: str, help: str, unit: str = ""
+) -> Any:
     """One key: its default, what it takes, and the line that the README's table shows for it."""
-    metadata = {"valid": valid, "expects": expects, "help": help}
+    metadata = {"valid": valid, "expects": expects, "help": help, "unit": unit}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def _seconds(default: float, help: str) -> Any:
-    return _option(default, _positive, "a positive number of seconds", help)
+    return _option(default, _positive, "a positive number of seconds", help, "s")
 
 
 def _number(default: int, help: str) -> Any:
@@ -47,7 +49,7 @@ def _number(default: int, help: str) -> Any:
 
 
 def _bytes(default: int, help: str) -> Any:
-    return _option(default, _count, "a positive whole number of bytes", help)
+    return _option(default, _count, "a positive whole number of bytes", help, "bytes")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,13 +12,10 @@ from typing import Any
 
 from asgiref.sync import iscoroutinefunction, sync_to_async
 from django.conf import settings
-from django.contrib.messages.middleware import MessageMiddleware
-from django.contrib.sessions.middleware import SessionMiddleware
 from django.core.handlers.base import BaseHandler
 from django.db import connections
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
-from django.middleware import clickjacking, common, csrf, http, locale, security
 from django.urls import ResolverMatch
 from django.utils.deprecation import MiddlewareMixin
 
@@ -52,53 +49,46 @@ def _stores_messages(request: HttpRequest, response: HttpResponseBase) -> bool:
     return storage is not None and bool(storage.used or storage.added_new)
 
 
-# By the hook's own function: a subclass that overrides it is not known, and goes to a thread.
-WAITS: dict[Callable[..., Any], Waits] = {
-    clickjacking.XFrameOptionsMiddleware.process_response: _never,
-    common.CommonMiddleware.process_request: _never,
-    common.CommonMiddleware.process_response: _never,
-    csrf.CsrfViewMiddleware.process_request: _csrf_in_session,
-    csrf.CsrfViewMiddleware.process_view: _csrf_reads_body,
-    csrf.CsrfViewMiddleware.process_response: _csrf_in_session,
-    http.ConditionalGetMiddleware.process_response: _never,
-    locale.LocaleMiddleware.process_request: _never,
-    locale.LocaleMiddleware.process_response: _never,
-    security.SecurityMiddleware.process_request: _never,
-    security.SecurityMiddleware.process_response: _never,
-    SessionMiddleware.process_request: _never,
-    SessionMiddleware.process_response: _saves_session,
-    MessageMiddleware.process_request: _never,
-    MessageMiddleware.process_response: _stores_messages,
+# By the name of the function: a subclass that overrides it has another, is not known, and goes to a thread. Names, since
+# some of these modules cannot be imported where their app is not installed.
+WAITS: dict[str, Waits] = {
+    "django.contrib.auth.middleware.AuthenticationMiddleware.process_request": _never,
+    "django.contrib.messages.middleware.MessageMiddleware.process_request": _never,
+    "django.contrib.messages.middleware.MessageMiddleware.process_response": _stores_messages,
+    "django.contrib.sessions.middleware.SessionMiddleware.process_request": _never,
+    "django.contrib.sessions.middleware.SessionMiddleware.process_response": _saves_session,
+    "django.middleware.clickjacking.XFrameOptionsMiddleware.process_response": _never,
+    "django.middleware.common.CommonMiddleware.process_request": _never,
+    "django.middleware.common.CommonMiddleware.process_response": _never,
+    "django.middleware.csp.ContentSecurityPolicyMiddleware.process_request": _never,
+    "django.middleware.csp.ContentSecurityPolicyMiddleware.process_response": _never,
+    "django.middleware.csrf.CsrfViewMiddleware.process_request": _csrf_in_session,
+    "django.middleware.csrf.CsrfViewMiddleware.process_view": _csrf_reads_body,
+    "django.middleware.csrf.CsrfViewMiddleware.process_response": _csrf_in_session,
+    "django.middleware.http.ConditionalGetMiddleware.process_response": _never,
+    "django.middleware.locale.LocaleMiddleware.process_request": _never,
+    "django.middleware.locale.LocaleMiddleware.process_response": _never,
+    "django.middleware.security.SecurityMiddleware.process_request": _never,
+    "django.middleware.security.SecurityMiddleware.process_response": _never,
 }
 
 
-def _add_optional() -> None:
-    """Middleware of applications that may not be installed, and of newer versions of Django."""
-    from django.contrib.auth.middleware import AuthenticationMiddleware  # needs auth's models
-
-    WAITS[AuthenticationMiddleware.process_request] = _never
-    try:
-        from django.middleware.csp import ContentSecurityPolicyMiddleware
-    except ImportError:  # Django 5.2
-        return
-    WAITS[ContentSecurityPolicyMiddleware.process_request] = _never
-    WAITS[ContentSecurityPolicyMiddleware.process_response] = _never
+def waits_of(hook: Callable[..., Any]) -> Waits | None:
+    """When ``hook`` would wait; None where that is not known, and it has to be supposed."""
+    function = getattr(hook, "__func__", hook)
+    owner = type(getattr(hook, "__self__", None))
+    # A subclass inherits the hook, but may override what the hook calls.
+    if not owner.__module__.startswith("django."):
+        return None
+    return WAITS.get(f"{function.__module__}.{function.__qualname__}")
 
 
 def on_loop(hook: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
     """``hook`` as a coroutine function that goes to a worker thread only when it would wait."""
-    owner = getattr(hook, "__self__", None)
-    waits = WAITS.get(getattr(hook, "__func__", hook))
-    # A subclass inherits the hook, but may override what the hook calls.
-    if waits is None or not type(owner).__module__.startswith("django."):
-        return sync_to_async(hook)
+    waits = waits_of(hook)
     threaded = sync_to_async(hook)
-    if waits is _never:
-
-        async def direct(*args: Any) -> Any:
-            return hook(*args)
-
-        return direct
+    if waits is None:
+        return threaded
 
     async def call(*args: Any) -> Any:
         return await threaded(*args) if waits(*args) else hook(*args)
@@ -107,33 +97,32 @@ def on_loop(hook: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
 
 
 def keep_on_loop(middleware: MiddlewareMixin) -> None:
-    """Replaces what ``MiddlewareMixin`` does under ASGI, for this instance; its hooks run as ``on_loop`` says."""
-    before = getattr(middleware, "process_request", None)
-    after = getattr(middleware, "process_response", None)
-    known = {
-        hook: WAITS.get(hook.__func__) is _never
-        and type(middleware).__module__.startswith("django.")
-        for hook in (before, after)
-        if hook is not None
-    }
-    before_async = on_loop(before) if before and not known[before] else None
-    after_async = on_loop(after) if after and not known[after] else None
+    """Replaces what ``MiddlewareMixin`` does under ASGI, for this instance: hooks that never wait are simply called."""
+    before, before_async = _in_two_ways(getattr(middleware, "process_request", None))
+    after, after_async = _in_two_ways(getattr(middleware, "process_response", None))
     get_response: AsyncView = middleware.get_response  # type: ignore[assignment]
 
     async def acall(request: HttpRequest) -> HttpResponseBase:
         response = None
-        if before_async is not None:
-            response = await before_async(request)
-        elif before is not None:
+        if before is not None:
             response = before(request)
+        elif before_async is not None:
+            response = await before_async(request)
         response = response or await get_response(request)
-        if after_async is not None:
-            response = await after_async(request, response)
-        elif after is not None:
+        if after is not None:
             response = after(request, response)
+        elif after_async is not None:
+            response = await after_async(request, response)
         return response
 
     middleware.__acall__ = acall  # type: ignore[method-assign]
+
+
+def _in_two_ways(hook: Callable[..., Any] | None) -> tuple[Any, Any]:
+    """A hook to be called, or one to be awaited, or neither."""
+    if hook is None:
+        return None, None
+    return (hook, None) if waits_of(hook) is _never else (None, on_loop(hook))
 
 
 class Chain(BaseHandler):
@@ -143,7 +132,6 @@ class Chain(BaseHandler):
         """``views`` holds what to await for each view, made at start; others are adapted when they are met."""
         super().__init__()
         self._views = views
-        _add_optional()
         self.load_middleware(is_async=True)
 
     def adapt_method_mode(
