@@ -5,6 +5,7 @@ momoko 2.2.5.1 is used as it was published, in 2018; what is wrong with it is ma
 - A cancelled caller loses its connection: momoko's futures are never left to a caller who may be cancelled.
 - Its queue has neither bound nor deadline: a Gate stands before it, so that it holds no more than its connections.
 - ``Pool.execute`` sends a statement again when a connection broke: statements go to a connection, once.
+- Its way to cancel would be psycopg2's, which stops the whole process until the server has heard: see cancel.py.
 - It notices neither a connection that died idle, nor a server that is frozen, and reconnects without backing off.
 - Its ``connect`` resolves names on the loop, loses a socket that libpq replaced, and never gives up.
 - ``setsession`` hides its failures, and a connection opened by a DSN alone is not set up as Django's are.
@@ -29,6 +30,7 @@ from tornado.ioloop import IOLoop
 
 from tornjango.conf import Config
 from tornjango.db.compiler import AnyQuerySet, Params, Row
+from tornjango.db.engines import cancel
 from tornjango.db.engines.aside import aside
 from tornjango.db.engines.backoff import Backoff
 from tornjango.db.engines.base import SLICE, Engine, Result
@@ -306,12 +308,13 @@ class Pool(momoko.Pool):  # type: ignore[misc]
         return connection
 
     def _as_django_knows_it(self, exc: BaseException) -> BaseException:
+        reason = str(exc)
         if isinstance(exc, TimeoutError):
-            seconds = self.session.connect_timeout
-            return psycopg2.OperationalError(f"The server did not answer in {seconds:g} seconds.")
-        if isinstance(exc, OSError):
-            return psycopg2.OperationalError(str(exc))
-        return exc
+            reason = f"The server did not answer in {self.session.connect_timeout:g} seconds."
+        elif not isinstance(exc, (OSError, psycopg2.OperationalError)):
+            return exc
+        alias = self.session.wrapper.alias
+        return psycopg2.OperationalError(f"Cannot connect to database {alias!r}: {reason}")
 
     def _take_back(self, future: asyncio.Future[Connection]) -> None:
         """For a `getconn` that nobody waits for any more."""
@@ -352,15 +355,15 @@ class Connection(momoko.Connection):  # type: ignore[misc]
         await self._open(await aside(session.parameters))
         session.adopt(self.connection)
         for sql, params in session.statements(self.connection):
-            await self.execute(sql, params)
+            await asyncio.shield(self.execute(sql, params))
         if session.wants_extension_types:
-            cursor = await self.execute(EXTENSION_TYPES)
+            cursor = await asyncio.shield(self.execute(EXTENSION_TYPES))
             session.register_types(self.connection, cursor.fetchall())
 
     async def cancel(self, statement: asyncio.Future[Any]) -> None:
         """Has the server end the running statement; returns when it has ended."""
         if not statement.done():
-            await aside(self.connection.cancel)
+            await aside(cancel.prepare(self.connection))
             await asyncio.wait({statement})
         # Its end is looked at, so that asyncio does not report it.
         statement.exception()
