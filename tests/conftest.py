@@ -12,6 +12,7 @@ import django
 import pytest
 from tornado.ioloop import IOLoop
 
+from tests.example import Example, served
 from tests.postgres import Postgres
 
 _folder: Path
@@ -119,6 +120,13 @@ def own_postgres(_own_tables: Postgres) -> Iterator[Postgres]:
     _own_tables.start()
     yield _own_tables
     _own_tables.thaw()
+
+
+@pytest.fixture(scope="session")
+def example() -> Iterator[Example]:
+    """The example project, served with its sample entries in a database of its own."""
+    with served(_postgres, _folder) as example:
+        yield example
 
 
 @pytest.fixture
