@@ -36,7 +36,7 @@ def _request(**headers: Any) -> HttpRequest:
 def test_name_is_resolved_as_a_path_would_be() -> None:
     match = channels.resolve("number:0042")
     assert match.kwargs == {"number": 42}
-    assert match.authoriser is comet_channels.even_only
+    assert match.declaration.authoriser is comet_channels.even_only
 
 
 @pytest.mark.parametrize(

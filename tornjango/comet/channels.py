@@ -26,6 +26,7 @@ class Declaration:
     pattern: str
     route: RoutePattern
     authoriser: Authoriser
+    is_async: bool
     history: int | None
     ttl: float | None
     max_bytes: int | None
@@ -44,8 +45,11 @@ class Match(NamedTuple):
     """A channel's name, resolved: its declaration and the values in the name."""
 
     channel: Channel
-    authoriser: Authoriser
+    declaration: Declaration
     kwargs: dict[str, Any]
+
+    def ask(self, request: HttpRequest) -> bool | Awaitable[bool]:
+        return self.declaration.authoriser(request, **self.kwargs)
 
 
 _declared: dict[str, Declaration] = {}
@@ -75,7 +79,10 @@ def channel(
             )
 
     def declare(authoriser: _A) -> _A:
-        _declare(Declaration(pattern, _route(pattern), authoriser, history, ttl, max_bytes))
+        is_async = _is_async(authoriser)
+        _declare(
+            Declaration(pattern, _route(pattern), authoriser, is_async, history, ttl, max_bytes)
+        )
         return authoriser
 
     return declare
@@ -114,7 +121,7 @@ def resolve(name: str) -> Match:
     if len(name) <= MAX_NAME_LENGTH:
         for declaration in _declared.values():
             if found := declaration.route.match(name):
-                return Match(Channel(name, declaration.limits), declaration.authoriser, found[2])
+                return Match(Channel(name, declaration.limits), declaration, found[2])
     shown = name if len(name) <= MAX_NAME_LENGTH else f"{name[:MAX_NAME_LENGTH]}..."
     raise UnknownChannel(f"There is no channel {shown!r}.")
 
@@ -132,23 +139,23 @@ def resolve_all(names: Iterable[str]) -> list[Match]:
 
 async def authorise(request: HttpRequest, matches: Iterable[Match]) -> None:
     """Asks every channel's authoriser, the sync ones together in one worker thread. Raises ChannelForbidden."""
-    in_thread = [match for match in matches if not _is_async(match.authoriser)]
-    on_loop = [match for match in matches if _is_async(match.authoriser)]
+    on_loop = [match for match in matches if match.declaration.is_async]
+    in_thread = [match for match in matches if not match.declaration.is_async]
     if in_thread:
         answers = await sync_to_async(_ask)(request, in_thread)
         for match, answer in zip(in_thread, answers, strict=True):
-            # A sync wrapper around an async function answers with a coroutine, which is true whatever it will say.
-            _check(match, await answer if isawaitable(answer) else answer)
+            await _check(match, answer)
     for match in on_loop:
-        _check(match, await match.authoriser(request, **match.kwargs))  # type: ignore[misc]
+        await _check(match, match.ask(request))
 
 
 def _ask(request: HttpRequest, matches: list[Match]) -> list[bool | Awaitable[bool]]:
-    return [match.authoriser(request, **match.kwargs) for match in matches]
+    return [match.ask(request) for match in matches]
 
 
-def _check(match: Match, allowed: bool) -> None:
-    if not allowed:
+async def _check(match: Match, answer: bool | Awaitable[bool]) -> None:
+    # A sync wrapper around an async function answers with a coroutine too, which is true whatever it will say.
+    if not (await answer if isawaitable(answer) else answer):
         raise ChannelForbidden(f"This request may not read the channel {match.channel.name!r}.")
 
 

@@ -11,12 +11,16 @@ import hashlib
 import struct
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
+from django.conf import settings
 from django.core.signing import BadSignature, Signer
 
 from tornjango.comet.log import EPOCH_BYTES, Position
 from tornjango.conf import get_config
 from tornjango.exceptions import InvalidCursor
+
+_Keys = tuple[str | bytes, ...]
 
 _DIGEST_BYTES = 8
 _ENTRY = struct.Struct(f">{_DIGEST_BYTES}s{EPOCH_BYTES}sQ")
@@ -26,14 +30,15 @@ _SIGNATURE_LENGTH = 43
 # The number is the format's: a changed format gets a new one, so that old cursors are refused, not misread.
 _SALT = "tornjango.comet.cursor.1"
 
+_REMEMBERED = 1024
+
 _TRY_AGAIN = "Poll without a cursor to get a new one, and fetch the page's state afresh."
 
 
 def encode(positions: Mapping[str, Position]) -> str:
     """The cursor that stands at these positions, by channel name."""
     entries = b"".join(_ENTRY.pack(_digest(name), *where) for name, where in positions.items())
-    payload = urlsafe_b64encode(entries).rstrip(b"=").decode()
-    return _signer().sign(payload)
+    return _signed(urlsafe_b64encode(entries).rstrip(b"=").decode(), _keys())
 
 
 def decode(cursor: str, names: Iterable[str]) -> dict[str, Position]:
@@ -41,18 +46,28 @@ def decode(cursor: str, names: Iterable[str]) -> dict[str, Position]:
 
     Raises InvalidCursor for what ``encode`` did not make under this project's SECRET_KEY (or its fallbacks).
     """
-    entries = {digest: Position(epoch, offset) for digest, epoch, offset in _entries(cursor)}
+    if len(cursor) > _longest():
+        raise InvalidCursor(f"The cursor is too long. {_TRY_AGAIN}")
+    entries = _entries(cursor, _keys())
     digests = {name: _digest(name) for name in names}
     return {name: entries[digest] for name, digest in digests.items() if digest in entries}
 
 
-def _entries(cursor: str) -> Iterable[tuple[bytes, bytes, int]]:
-    if len(cursor) > _longest():
-        raise InvalidCursor(f"The cursor is too long. {_TRY_AGAIN}")
+# The readers of a channel come with one and the same cursor, and leave with one: signing it once makes a crowd cheap.
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _signed(payload: str, keys: _Keys) -> str:
+    return _signer(keys).sign(payload)
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _entries(cursor: str, keys: _Keys) -> Mapping[bytes, Position]:
     try:
-        payload = _signer().unsign(cursor)
+        payload = _signer(keys).unsign(cursor)
         data = urlsafe_b64decode(payload + "=" * (-len(payload) % 4))
-        return _ENTRY.iter_unpack(data)
+        entries: Iterable[tuple[bytes, bytes, int]] = _ENTRY.iter_unpack(data)
+        return {digest: Position(epoch, offset) for digest, epoch, offset in entries}
     except (BadSignature, binascii.Error, struct.error, UnicodeError) as error:
         raise InvalidCursor(f"The cursor is not one of this site. {_TRY_AGAIN}") from error
 
@@ -62,8 +77,14 @@ def _longest() -> int:
     return -(-entries * 4 // 3) + len(_SEPARATOR) + _SIGNATURE_LENGTH
 
 
-def _signer() -> Signer:
-    return Signer(salt=_SALT, sep=_SEPARATOR)
+def _keys() -> _Keys:
+    return (settings.SECRET_KEY, *settings.SECRET_KEY_FALLBACKS)
+
+
+@lru_cache(maxsize=1)
+def _signer(keys: _Keys) -> Signer:
+    key, *fallback_keys = keys
+    return Signer(key=key, fallback_keys=fallback_keys, salt=_SALT, sep=_SEPARATOR)
 
 
 def _digest(name: str) -> bytes:
