@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,11 +22,13 @@ from bench.servers import PEERS, ROOT, BenchError, Place
 from tests.postgres import Postgres, PostgresError
 
 FULL = compare.Pace(rounds=3, seconds=3.0, warm_up=0.7, connections=20)
-QUICK = compare.Pace(rounds=3, seconds=0.4, warm_up=0.3, connections=20)
+QUICK = compare.Pace(rounds=3, seconds=0.3, warm_up=0.2, connections=20, fresh=False)
 
 
 def main() -> int:
     options = parser().parse_args(_with_default(sys.argv[1:]))
+    # As Ctrl-C does: what was started is ended on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         options.run(options)
     except (BenchError, PostgresError) as error:
@@ -44,7 +47,7 @@ def _with_default(arguments: list[str]) -> list[str]:
 def parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print the figures as JSON")
-    common.add_argument("--rows", type=int, default=25, help="rows of the 2009 view (25)")
+    common.add_argument("--rows", type=count, default=25, help="rows of the 2009 view (25)")
     common.add_argument("--peers-python", help="with psycopg 3, uvicorn, gunicorn (made)")
     top = argparse.ArgumentParser(prog="bin/bench", description="Measure tornjango and its peers.")
     commands = top.add_subparsers()
@@ -52,12 +55,12 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("compare", parents=[common], help="the peers side by side")
     command.add_argument("--quick", action="store_true", help="under a minute, rougher figures")
-    command.add_argument("--rounds", type=int, help="of all servers in turn (3)")
-    command.add_argument("--seconds", type=float, help="each measurement (3)")
+    command.add_argument("--rounds", type=count, help="of all servers in turn (3)")
+    command.add_argument("--seconds", type=duration, help="each measurement (3)")
     command.add_argument(
         "--servers", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names)
     )
-    command.add_argument("--connections", type=int, default=20, help="kept open (20)")
+    command.add_argument("--connections", type=count, default=20, help="kept open (20)")
     command.set_defaults(run=run_compare)
 
     command = commands.add_parser("parked", parents=[common], help="long-polls that wait")
@@ -69,23 +72,35 @@ def parser() -> argparse.ArgumentParser:
         default=["tornjango", "tornado"],
         help="tornjango, tornado",
     )
-    command.add_argument("polls", type=int, nargs="?", default=5000, help="how many (5000)")
+    command.add_argument("polls", type=count, nargs="?", default=5000, help="how many (5000)")
     command.set_defaults(run=run_parked)
 
     command = commands.add_parser("profile", parents=[common], help="where a view's time goes")
     command.add_argument("view", choices=sorted(compare.VIEWS))
     command.add_argument("--middleware", choices=sorted(compare.MIDDLEWARE), default="none")
-    command.add_argument("--seconds", type=float, default=10.0, help="of sampling (10)")
+    command.add_argument("--seconds", type=duration, default=10.0, help="of sampling (10)")
     command.set_defaults(run=run_profile)
     return top
 
 
+def count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("it must be at least 1")
+    return number
+
+
+def duration(text: str) -> float:
+    if not 0 < (number := float(text)) <= 600:
+        raise argparse.ArgumentTypeError("it must be more than 0 s and at most 600")
+    return number
+
+
 def run_compare(options: argparse.Namespace) -> None:
     pace = QUICK if options.quick else FULL
-    pace = compare.Pace(
+    pace = dataclasses.replace(
+        pace,
         rounds=options.rounds or pace.rounds,
         seconds=options.seconds or pace.seconds,
-        warm_up=pace.warm_up,
         connections=options.connections,
     )
     with place(options) as (where, versions):
@@ -181,7 +196,7 @@ def raise_file_limit(files: int) -> None:
 
 def fill(where: Place, rows: int) -> compare.Answers:
     """Loads the data, and says what every view must answer."""
-    if not 1 <= rows <= 500:
+    if rows > 500:
         raise BenchError(f"--rows takes 1 to 500, not {rows}.")
     command = [where.peers_python, "-m", "bench.project.fill", str(rows)]
     answers: compare.Answers = json.loads(_output(command, where))

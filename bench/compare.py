@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -29,22 +30,38 @@ class Pace:
     seconds: float
     warm_up: float
     connections: int
+    fresh: bool = True
+    """New processes each round: the luck of one in memory and hashing is not the next one's."""
 
 
 def compare(place: Place, answers: Answers, pace: Pace, peers: list[Peer]) -> Samples:
     """Raises BenchError at the first wrong answer of any server."""
     samples: Samples = defaultdict(list)
-    for number in range(pace.rounds):
-        print(f"round {number + 1} of {pace.rounds}", file=sys.stderr, flush=True)
-        for middleware in CELLS:
-            for peer in peers:
-                if views := views_of(peer, middleware):
-                    # A new process each round: the luck of one in memory and hashing is not the next one's.
-                    with serve(peer, place, middleware=middleware) as server:
-                        for view in views:
-                            sample = measure(server, peer, answers[view], pace)
-                            samples[peer.name, (view, middleware)].append(sample)
+    with contextlib.ExitStack() as stack:
+        running: list[tuple[Peer, str, Server]] = []
+        for number in range(pace.rounds):
+            print(f"round {number + 1} of {pace.rounds}", file=sys.stderr, flush=True)
+            running = running or _start(stack, place, peers)
+            for peer, middleware, server in running:
+                for view in views_of(peer, middleware):
+                    sample = measure(server, peer, answers[view], pace)
+                    samples[peer.name, (view, middleware)].append(sample)
+            if pace.fresh:
+                stack.close()
+                running = []
     return samples
+
+
+def _start(
+    stack: contextlib.ExitStack, place: Place, peers: list[Peer]
+) -> list[tuple[Peer, str, Server]]:
+    """Idle, they cost next to nothing, and each is measured by its own clock."""
+    return [
+        (peer, middleware, stack.enter_context(serve(peer, place, middleware=middleware)))
+        for middleware in CELLS
+        for peer in peers
+        if views_of(peer, middleware)
+    ]
 
 
 def views_of(peer: Peer, middleware: str) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ LAYERS = (
     ("/django/middleware/", "Django: middleware"),
     ("/django/contrib/", "Django: middleware"),
     ("/django/utils/deprecation.py", "Django: middleware"),
+    ("/django/urls/", "Django: resolving the URL"),
     ("/django/", "Django: request, response, signals"),
     ("/momoko/", "momoko and psycopg2"),
     ("/psycopg2/", "momoko and psycopg2"),

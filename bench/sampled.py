@@ -1,8 +1,8 @@
-"""Runs a module and, between two SIGUSR2, notes the main thread's stack for every millisecond of CPU.
+"""Runs a module and, between two SIGUSR2, notes the main thread's stack at each tick of the process's CPU clock.
 
 ``python -m bench.sampled OUT MODULE ARGUMENTS...``; the second signal writes ``OUT``: [stack, samples] pairs as JSON,
-each stack from the innermost function outwards, each function as [file, name]. The clock is the process's CPU time,
-so waiting counts nothing.
+each stack from the innermost function outwards, each function as [file, name]. Waiting counts nothing; what other
+threads do counts for what the main thread does meanwhile.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 from types import CodeType, FrameType
 
+# The kernel makes it one of its own ticks, often four milliseconds.
 INTERVAL = 0.001
 
 counts: Counter[tuple[CodeType, ...]] = Counter()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from django.conf import settings
+from importlib.util import find_spec
+
 from django.urls import URLPattern, URLResolver, include, path
 
 urlpatterns: list[URLPattern | URLResolver] = [
@@ -10,7 +11,7 @@ urlpatterns: list[URLPattern | URLResolver] = [
     path("wsgi/", include("bench.project.wsgi_views")),
 ]
 # The peers' environment has no Tornado, and psycopg 3 in tornjango's place of psycopg2.
-if settings.TORNADO:
+if find_spec("tornado"):
     urlpatterns += [
         path("tornjango/", include("bench.project.tornjango_views")),
         path("comet/", include("tornjango.comet.urls")),
