@@ -51,6 +51,8 @@ class Application(TornadoApplication):
         self.draining = False
         #: The requests that are being answered.
         self.in_flight: set[DjangoHandler] = set()
+        #: The requests whose bodies are on their way; each is done when its handler starts, or its client leaves.
+        self.arriving: set[asyncio.Future[None]] = set()
         self.workers = Workers(config.THREADS, config.THREADS_QUEUE)
         self.static = StaticFiles() if staticfiles else None
         self.routes = Routes()
@@ -114,17 +116,22 @@ class DjangoRouter(Router):
         if match is None:  # Django's middleware may know better, and its 404 page says more
             return BodyReceiver(application, request, DjangoHandler, None)
         if is_handler(match.func):
-            return application.get_handler_delegate(
-                request,
-                match.func,  # type: ignore[arg-type]
-                target_kwargs=match.extra_kwargs or {},
-                path_args=[str(argument) for argument in match.args],  # type: ignore[misc]
-                path_kwargs={k: str(v) for k, v in (match.captured_kwargs or {}).items()},  # type: ignore[misc]
-            )
+            return self._native(request, match)
         handler_class = application.handler_classes.get(match.func, DjangoHandler)
         # A language set by middleware may yet change what a path means.
         known = None if application.routes.by_language else match
         return BodyReceiver(application, request, handler_class, known)
+
+    def _native(self, request: HTTPServerRequest, match: Any) -> HTTPMessageDelegate:
+        """Tornado's way: what the path captures goes to the method as strings, the rest to ``initialize``."""
+        captured = match.captured_kwargs or {}
+        return self.application.get_handler_delegate(
+            request,
+            match.func,
+            target_kwargs=match.extra_kwargs or {},
+            path_args=[str(argument) for argument in match.args],  # type: ignore[misc]
+            path_kwargs={name: str(value) for name, value in captured.items()},  # type: ignore[misc]
+        )
 
 
 class RequestReceiver(HTTPMessageDelegate):

@@ -163,7 +163,7 @@ class Chain(BaseHandler):
         request.resolver_match = match
         return match
 
-    def make_view_atomic(self, view: View) -> AsyncView:
+    def make_view_atomic(self, view: View) -> AsyncView:  # type: ignore[override]
         """The last step before a view is called; its name is Django's."""
         if not self._atomic_aliases(view):
             return self._adapted(view)

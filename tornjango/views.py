@@ -10,6 +10,7 @@ import inspect
 import logging
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any, overload
 
 from asgiref.sync import iscoroutinefunction, sync_to_async
@@ -153,7 +154,7 @@ def deferred(
     result is an ordinary async view to Django: it works in the test client and under any ASGI or WSGI server.
     """
     if view is None:
-        return functools.partial(deferred, timeout=timeout)  # type: ignore[return-value]
+        return functools.partial(deferred, timeout=timeout)
     position = _response_position(view, ()) or 1
     name = view_name(view)
 
@@ -255,7 +256,7 @@ class _Call:
 
     async def open_file(self, path: str | PathLike[str], **options: Any) -> HttpResponseBase:
         try:
-            file = await sync_to_async(open)(path, "rb")
+            file = await sync_to_async(lambda: Path(path).open("rb"))()
         except (FileNotFoundError, IsADirectoryError) as exc:
             raise Http404(f"There is no file {path}.") from exc
         return FileResponse(file, **options)

@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 from asgiref.sync import SyncToAsync, ThreadSensitiveContext
@@ -49,7 +50,7 @@ class WorkerPool(ThreadPoolExecutor):
                 '(TORNJANGO["THREADS"], TORNJANGO["THREADS_QUEUE"]).'
             )
         try:
-            future = super().submit(_in_worker, fn, *args, **kwargs)
+            future = super().submit(partial(_in_worker, fn, *args, **kwargs))
         except BaseException:
             self._finished()
             raise
@@ -61,7 +62,7 @@ class WorkerPool(ThreadPoolExecutor):
             self._unfinished -= 1
 
 
-def _in_worker(fn: Callable[..., R], *args: Any, **kwargs: Any) -> R:
+def _in_worker(fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     reset_queries()
     close_old_connections()
     try:
