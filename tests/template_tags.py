@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from django import template
-from django.template.base import Node, Parser, Token
+from django.template.base import Node, Parser, TextNode, Token
+from django.template.loader import get_template
 
 register = template.Library()
 
@@ -23,6 +24,13 @@ def count_all(model: Any) -> int:
 @register.tag
 def explode(parser: Parser, token: Token) -> Node:
     raise ZeroDivisionError("division by zero")
+
+
+@register.tag
+def paste(parser: Parser, token: Token) -> Node:
+    """Loads its template when it is compiled."""
+    name = token.split_contents()[1].strip("'")
+    return TextNode(get_template(name).render())
 
 
 @register.filter

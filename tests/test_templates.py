@@ -248,6 +248,17 @@ def test_literal_names_that_nobody_has_are_reported_with_their_line(folder: Path
     assert "'gone.html'" in problem.message
 
 
+def test_a_tag_may_load_a_template_while_it_is_compiled(folder: Path, configure: Configure) -> None:
+    write(folder, {"a.html": "{% paste 'z.html' %}", "z.html": "z"})
+    options = {"builtins": ["tests.template_tags"]}
+    configure(django_backend(DIRS=[folder], OPTIONS=options))
+    assert registry.fill() == []
+    write(folder, {"z.html": "new"})
+    with opened as paths:
+        assert render("a.html", {}) == "z"
+    assert paths == []
+
+
 def test_a_name_that_only_the_form_renderer_can_load_is_no_problem(configure: Configure) -> None:
     configure(django_backend(APP_DIRS=True))
     assert registry.fill() == []

@@ -9,8 +9,8 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
-from tornjango.templates import files
-from tornjango.templates.problems import TemplateProblem
+from tornjango.templating import files
+from tornjango.templating.problems import TemplateProblem
 
 Source = tuple[str, str | None]
 
@@ -122,23 +122,27 @@ def _target(node: Any) -> str | None:
 def install(environment: jinja2.Environment) -> list[TemplateProblem]:
     """Compiles all that the environment's loader lists, and has the environment load from memory.
 
-    When that was done before, what has not changed since is kept.
+    When that was done before, what has not changed since is kept. A loader that cannot be listed is left as it is.
     """
-    before = environment.loader if isinstance(environment.loader, Loader) else None
-    original = before.loader if before else environment.loader
-    assert original is not None  # It is listable().
-    loader = Loader(environment, original)
+    present = environment.loader
+    if present is None or unlisted(environment):
+        return []
+    before = present if isinstance(present, Loader) else None
+    loader = Loader(environment, before.loader if before else present)
     problems = [*loader.fill(before), *loader.missing()]
     environment.auto_reload = False  # It would ask the file system at each use.
     environment.loader = loader
     return problems
 
 
-def listable(environment: jinja2.Environment) -> bool:
+def unlisted(environment: jinja2.Environment) -> list[object]:
+    """The environment's loader if it cannot list its templates."""
     try:
-        return environment.loader is not None and environment.loader.list_templates() is not None
+        if environment.loader is not None:
+            environment.loader.list_templates()
     except TypeError:  # Jinja2's way to say that a loader cannot.
-        return False
+        return [environment.loader]
+    return []
 
 
 def folders(environment: jinja2.Environment) -> list[str]:

@@ -23,7 +23,7 @@ JINJA_TAG = re.compile(r"\{[{%].*?[%}]\}")
 JINJA_FRAME = re.compile(r"\{%[-+]?\s*(extends|block)\b")
 
 # Between the call of a template and the project's own code.
-MACHINERY = ("django.template", "django.utils", "tornjango.templates", "contextlib", "jinja2")
+MACHINERY = ("django.template", "django.utils", "tornjango.templating", "contextlib", "jinja2")
 
 
 @dataclasses.dataclass(slots=True)

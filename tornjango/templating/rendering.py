@@ -21,7 +21,7 @@ from django.db.models.query import QuerySet, RawQuerySet
 from django.http import HttpRequest
 from django.template.loader import get_template, select_template
 
-from tornjango.templates import places
+from tornjango.templating import places
 
 # Where Django's database wrapper refuses to work on an event loop.
 GUARDED = ("connect", "ensure_connection", "cursor", "chunked_cursor")

@@ -21,8 +21,8 @@ from django.template.exceptions import TemplateSyntaxError
 from django.template.loader_tags import ExtendsNode, IncludeNode
 from django.template.loaders import app_directories, base, cached, filesystem, locmem
 
-from tornjango.templates import files
-from tornjango.templates.problems import TemplateProblem
+from tornjango.templating import files
+from tornjango.templating.problems import TemplateProblem
 
 # Exactly these: a subclass may answer differently from one request to the next (by tenant, by theme).
 LISTABLE = (filesystem.Loader, app_directories.Loader, locmem.Loader)
@@ -134,8 +134,6 @@ class Loader(cached.Loader):
         self.loaders = [*self._listable]
         self.table = Table([], self._sources)
         self._readers = {id(loader): loader.get_contents for loader in self._listable}
-        for loader in self._listable:
-            vars(loader)["get_contents"] = self.get_contents
 
     def get_template(self, template_name: str, skip: list[Origin] | None = None) -> Template:
         table = self.table
@@ -161,6 +159,8 @@ class Loader(cached.Loader):
         entries = [*self._entries()]
         problems = [entry.prepare(before.get(_place(entry.origin))) for entry in entries]
         self.table = Table(entries, self._sources)
+        for loader in self._listable:
+            vars(loader)["get_contents"] = self.get_contents
         return [problem for problem in problems if problem]
 
     def has(self, name: str, *, skip: Origin | None = None) -> bool:
@@ -218,15 +218,21 @@ def _literal(
         yield Reference(name, path, line, str(expression.var).partition("#")[0], skip)
 
 
-def install(engine: Engine) -> list[Loader]:
-    """Puts the registry before each run of loaders that can be listed; harmless when done before.
+def install(engine: Engine) -> list[TemplateProblem]:
+    """Compiles all that the engine's loaders list, and has the engine load from memory.
 
-    A loader that cannot be listed keeps its place in the search order, and its cache if the project gave it one.
+    When that was done before, what has not changed since is kept. A loader that cannot be listed keeps its place in the
+    search order, and its cache if the project gave it one.
     """
-    if not any(isinstance(loader, Loader) for loader in engine.template_loaders):
-        flat = [*_flat(engine, engine.template_loaders)]
-        engine.template_loaders = [*_grouped(engine, flat)]
-    return installed(engine)
+    loaders = engine.template_loaders
+    if not installed(engine):
+        loaders = [*_grouped(engine, _flat(engine, loaders))]
+    # Until all is compiled the engine loads as before: a tag may ask for another template when it is compiled.
+    problems = [
+        problem for loader in loaders if isinstance(loader, Loader) for problem in loader.fill()
+    ]
+    engine.template_loaders = loaders
+    return problems
 
 
 def installed(engine: Engine) -> list[Loader]:
@@ -262,7 +268,12 @@ def _listable(loader: base.Loader) -> bool:
     return type(loader) in LISTABLE
 
 
+def folders(engine: Engine) -> list[str]:
+    """The folders that the registry has listed."""
+    return [os.fspath(folder) for loader in installed(engine) for folder in loader.get_dirs()]
+
+
 def unlisted(engine: Engine) -> list[base.Loader]:
     """The project's loaders that the registry could not stand in for."""
     others = [loader for loader in engine.template_loaders if not isinstance(loader, Loader)]
-    return [getattr(loader, "loaders", [loader])[0] for loader in others]
+    return [loader.loaders[0] if type(loader) is cached.Loader else loader for loader in others]

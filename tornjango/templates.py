@@ -1,3 +1,8 @@
+"""Every template the project can load, compiled at start; rendering then opens no file.
+
+Before ``registry.fill()`` everything here works too, on Django's own loading.
+"""
+
 from __future__ import annotations
 
 import logging
@@ -5,7 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from django.apps import apps
 from django.conf import settings
@@ -18,11 +23,11 @@ from django.utils import formats, timezone, translation
 from django.utils.autoreload import is_django_path
 from django.utils.translation import check_for_language
 
-from tornjango.templates import files, loader
-from tornjango.templates.problems import TemplateProblem
+from tornjango.templating import files, loader
+from tornjango.templating.problems import TemplateProblem
+from tornjango.templating.rendering import querysets, render
 
-if TYPE_CHECKING:
-    import jinja2
+__all__ = ["Registry", "TemplateProblem", "querysets", "registry", "render"]
 
 logger = logging.getLogger("tornjango.templates")
 
@@ -50,7 +55,13 @@ class Registry:
         with self._lock:
             warnings = [*_warm()]
             self._problems = [*_compile()]
-            return warnings + self._problems
+        for kind, engine in _known():
+            for thing in kind.unlisted(engine):
+                name = f"{type(thing).__module__}.{type(thing).__qualname__}"
+                logger.warning(
+                    "%s cannot list its templates: each is loaded at its first use.", name
+                )
+        return warnings + self._problems
 
     def refresh(self, path: str | os.PathLike[str]) -> bool:
         """Takes in that a file has changed, appeared or vanished, and logs what is newly wrong as an error.
@@ -58,7 +69,8 @@ class Registry:
         True if the file lies in a folder of templates, Python files excepted: then all templates are up to date, those
         that extend or include it too, and nothing needs to restart. Reads files: not for the event loop's thread.
         """
-        if os.fspath(path).endswith(".py") or not files.inside(path, [*_folders()]):
+        folders = [folder for kind, engine in _known() for folder in kind.folders(engine)]
+        if os.fspath(path).endswith(".py") or not files.inside(path, folders):
             return False
         with self._lock:
             known = set(self._problems)
@@ -74,61 +86,43 @@ def _backends() -> list[BaseEngine]:
     return engines.all() if renderer is None else [*engines.all(), renderer]
 
 
-def _environment(backend: BaseEngine) -> jinja2.Environment | None:
-    """A backend's Jinja2 environment; third parties' backends call it ``env`` too."""
-    jinja = sys.modules.get("jinja2")
-    environment = getattr(backend, "env", None)
-    return environment if jinja and isinstance(environment, jinja.Environment) else None
+class _Strange:
+    """How a backend of an unknown kind is dealt with: not at all, and it is told."""
+
+    @staticmethod
+    def install(backend: BaseEngine) -> list[TemplateProblem]:
+        return []
+
+    @staticmethod
+    def folders(backend: BaseEngine) -> list[str]:
+        return []
+
+    @staticmethod
+    def unlisted(backend: BaseEngine) -> list[BaseEngine]:
+        return [backend]
 
 
-def _django_engines() -> list[Engine]:
-    return [backend.engine for backend in _backends() if isinstance(backend, DjangoTemplates)]
-
-
-def _folders() -> Iterator[str]:
+def _known() -> Iterator[tuple[Any, Any]]:
+    """Each backend's engine or environment, after what knows its kind."""
+    jinja2 = sys.modules.get("jinja2")
     for backend in _backends():
         if isinstance(backend, DjangoTemplates):
-            for each in loader.installed(backend.engine):
-                yield from (os.fspath(folder) for folder in each.get_dirs())
-        elif environment := _environment(backend):
-            from tornjango.templates import jinja
+            yield loader, backend.engine
+        # Third parties' backends call it "env" too.
+        elif jinja2 and isinstance(
+            environment := getattr(backend, "env", None), jinja2.Environment
+        ):
+            from tornjango.templating import jinja
 
-            yield from jinja.folders(environment)
+            yield jinja, environment
+        else:
+            yield _Strange, backend
 
 
 def _compile() -> Iterator[TemplateProblem]:
-    for backend in _backends():
-        if isinstance(backend, DjangoTemplates):
-            yield from _compile_django(backend.engine)
-        elif environment := _environment(backend):
-            yield from _compile_jinja(environment)
-        else:
-            _tell(backend)
-    yield from _unresolved(_django_engines())
-
-
-def _compile_django(engine: Engine) -> Iterator[TemplateProblem]:
-    for each in loader.install(engine):
-        yield from each.fill()
-    for other in loader.unlisted(engine):
-        _tell(other)
-
-
-def _compile_jinja(environment: jinja2.Environment) -> list[TemplateProblem]:
-    from tornjango.templates import jinja
-
-    if jinja.listable(environment):
-        return jinja.install(environment)
-    _tell(environment.loader)
-    return []
-
-
-def _tell(thing: object) -> None:
-    logger.warning(
-        "%s.%s cannot list its templates: they are loaded when they are first used.",
-        type(thing).__module__,
-        type(thing).__qualname__,
-    )
+    for kind, engine in _known():
+        yield from kind.install(engine)
+    yield from _unresolved([engine for kind, engine in _known() if kind is loader])
 
 
 def _unresolved(django_engines: list[Engine]) -> Iterator[TemplateProblem]:
@@ -187,3 +181,6 @@ def _load_static_storage() -> None:
     from django.contrib.staticfiles.storage import staticfiles_storage
 
     staticfiles_storage.url  # noqa: B018 Any attribute makes the storage, which reads its manifest.
+
+
+registry = Registry()
