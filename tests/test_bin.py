@@ -25,12 +25,17 @@ NO_INDEX = {
 }
 
 
+def environment() -> dict[str, str]:
+    """Without what the tests' own run was told: its servers and versions."""
+    told = {"PYTHON", "DJANGO", "DATABASE_URL"}
+    return {n: value for n, value in os.environ.items() if "PG" not in n and n not in told}
+
+
 def run(*command: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if "PG" not in name}
     return subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env=kept | env,
+        env=environment() | env,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -103,7 +108,7 @@ def test_a_shim_that_does_not_run_and_an_old_python_are_passed_over(
     for name in ("python3.13", "python3.12"):
         program(name, "")
     good = program("python3.11", "3.11")
-    result = find_python(PATH=f"{shim.parent}:{os.environ['PATH']}", DJANGO="", PYTHON="")
+    result = find_python(PATH=f"{shim.parent}:{os.environ['PATH']}")
     assert (result.stdout, result.returncode) == (f"{good}\n", 0)
 
 
@@ -118,14 +123,14 @@ def test_a_python_of_pyenv_is_found_without_being_on_the_path(tmp_path: Path) ->
         found = shutil.which(name)
         assert found
         (tools / name).symlink_to(found)
-    result = find_python(PATH=str(tools), PYENV_ROOT=str(tmp_path), PYTHON="", DJANGO="")
+    result = find_python(PATH=str(tools), PYENV_ROOT=str(tmp_path))
     assert (result.stdout, result.stderr) == (f"{python}\n", "")
 
 
 def test_a_machine_without_python_is_told_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "dirname").symlink_to(shutil.which("dirname") or "")
     (tmp_path / "sh").symlink_to(shutil.which("sh") or "")
-    result = run("sh", "bin/demo", PATH=str(tmp_path), PYENV_ROOT=str(tmp_path), PYTHON="")
+    result = run("sh", "bin/demo", PATH=str(tmp_path), PYENV_ROOT=str(tmp_path))
     assert result.returncode == 1
     assert "needs Python 3.11 or later, and this machine shows none" in result.stderr
 
@@ -138,7 +143,7 @@ def test_a_django_that_tornjango_does_not_run_on_is_refused() -> None:
 
 @pytest.mark.slow
 def test_no_network_at_install_is_one_sentence(clone: Path) -> None:
-    result = run("bin/demo", cwd=clone, PYTHON=sys.executable, DJANGO="", **NO_INDEX)
+    result = run("bin/demo", cwd=clone, PYTHON=sys.executable, **NO_INDEX)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("The package index could not be reached")
     assert "Traceback" not in result.stderr
@@ -176,11 +181,10 @@ def demo(clone: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
     started = []
 
     def start(port: str) -> subprocess.Popen[str]:
-        kept = {name: value for name, value in os.environ.items() if "PG" not in name}
         process = subprocess.Popen(
             [sys.executable, "bin/_demo.py", port],
             cwd=clone,
-            env=kept,
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
