@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import enum
 import logging
 import sys
@@ -73,8 +74,14 @@ class BodyReceiver(HTTPMessageDelegate):
         self._limit = get_config().MAX_BODY_SIZE
         #: Bytes that came after the request was refused; None while it is not.
         self._dropped: int | None = None
+        self._arrived: asyncio.Future[None] | None = None
 
     def headers_received(self, start_line: Any, headers: HTTPHeaders) -> None:
+        if "Content-Length" not in headers and "Transfer-Encoding" not in headers:
+            return
+        self._arrived = asyncio.get_running_loop().create_future()
+        self._arrived.add_done_callback(self.application.arriving.discard)
+        self.application.arriving.add(self._arrived)
         connection: Any = self.request.connection
         connection.set_max_body_size(sys.maxsize)  # ours answers 413, Tornado's a bare 400
         declared = headers.get("Content-Length", "")
@@ -104,9 +111,15 @@ class BodyReceiver(HTTPMessageDelegate):
             handler.start(self.body, self.match)
         else:
             self._hang_up()
+        self._end_arrival()
 
     def on_connection_close(self) -> None:
         self.body.close()
+        self._end_arrival()
+
+    def _end_arrival(self) -> None:
+        if self._arrived is not None and not self._arrived.done():
+            self._arrived.set_result(None)
 
     async def _write_to_disk(self, chunk: bytes) -> None:
         loop = asyncio.get_running_loop()
@@ -170,23 +183,27 @@ class DjangoHandler(RequestHandler):
     #: The view that the URL pattern names, for logs; Django's own answers (404, redirects) have none.
     view_name = ""
 
+    def __init__(self, application: Application, request: HTTPServerRequest) -> None:
+        # Not Tornado's, which prepares for what Django does here, and ties knots that its own finish() undoes.
+        self.application = application
+        self.request = request
+        self._begun = self._finished = False
+        self._sent = 0
+
     def start(self, body: Body, match: ResolverMatch | None) -> None:
-        self._cut: asyncio.Future[Cut] = asyncio.get_running_loop().create_future()
+        """The client may have left already: Tornado then tells nobody, and nothing is begun."""
+        connection: Any = self.request.connection
+        if connection.stream.closed():
+            body.close()
+            return
         self._body = body
         self._match = match
-        self._begun = False
-        self._sent = 0
+        self._cut: asyncio.Future[Cut] = asyncio.get_running_loop().create_future()
+        connection.set_close_callback(self.on_connection_close)
         self.application.in_flight.add(self)
         self.task = asyncio.create_task(self._live())
 
     # Tornado's side
-
-    def clear(self) -> None:
-        """Headers are Django's: none are set before its response is there."""
-        self._headers = HTTPHeaders()
-        self._write_buffer: list[bytes] = []
-        self._status_code = 200
-        self._reason = "OK"
 
     def on_connection_close(self) -> None:
         """The client has left: everything that is done for it is cancelled."""
@@ -199,7 +216,8 @@ class DjangoHandler(RequestHandler):
     def _cut_short(self, why: Cut) -> None:
         if not self._cut.done():
             self._cut.set_result(why)
-            self.task.cancel()
+            # Not before its first step: a task that is cancelled then does not run at all.
+            asyncio.get_running_loop().call_soon(self.task.cancel)
 
     # Its life
 
@@ -233,7 +251,7 @@ class DjangoHandler(RequestHandler):
         try:
             await self._send(response)
         finally:
-            await _close(response)
+            await self._close(response)
         self._log_access(response)
 
     async def get_response(self, request: HttpRequest) -> HttpResponseBase:
@@ -339,6 +357,20 @@ class DjangoHandler(RequestHandler):
                 raise StreamClosedError
         await written
 
+    async def _close(self, response: HttpResponseBase) -> None:
+        """Closes what the response holds, which also sends ``request_finished``."""
+        sync_stream = response.streaming and not getattr(response, "is_async", False)
+        is_file = hasattr(response, "file_to_stream")
+        if _only_django_listens(signals.request_finished) and (is_file or not sync_stream):
+            response.close()
+            return
+        # Not sync_to_async: it would keep the exception that ends a request, and with it the response.
+        loop, run = asyncio.get_running_loop(), contextvars.copy_context().run
+        try:
+            await loop.run_in_executor(self.application.workers.pool, run, response.close)
+        except Overloaded:  # better a moment of the loop's time than a file left open
+            response.close()
+
     def _line(self) -> str:
         return f"{self.request.method} {self.request.uri} {self.request.version}"
 
@@ -378,18 +410,6 @@ async def _send_signal(signal: Signal, sender: type, **kwargs: Any) -> None:
         signal.send(sender=sender, **kwargs)
     else:
         await signal.asend(sender=sender, **kwargs)
-
-
-async def _close(response: HttpResponseBase) -> None:
-    """Closes what the response holds, which also sends ``request_finished``."""
-    iterates = response.streaming and not getattr(response, "file_to_stream", None)
-    if _only_django_listens(signals.request_finished) and not iterates:
-        response.close()
-        return
-    try:
-        await sync_to_async(response.close)()
-    except Overloaded:  # better a moment of the loop's time than a file left open
-        response.close()
 
 
 def _only_django_listens(signal: Signal) -> bool:

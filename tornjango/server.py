@@ -17,7 +17,7 @@ from typing import Any
 
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPInputError
-from tornado.iostream import IOStream, StreamClosedError
+from tornado.iostream import IOStream
 from tornado.netutil import bind_sockets
 
 from tornjango import comet
@@ -38,21 +38,28 @@ class ServerStream(IOStream):
     Tornado answers such a request with a bare status line, and one whose head is too long not at all.
     """
 
+    _refused = False
+
     def write(self, data: bytes | memoryview) -> asyncio.Future[None]:
         if data == _BARE_400 and isinstance(error := sys.exc_info()[1], HTTPInputError):
-            logger.warning("Bad request from %s: %s", self._peer(), error)
-            data = _plain_answer(HTTPStatus.BAD_REQUEST, f"Bad request: {error}")
+            return self._refuse(HTTPStatus.BAD_REQUEST, f"Bad request: {error}")
         return super().write(data)
 
     def _check_max_bytes(self, delimiter: Any, size: int) -> None:
-        if self._read_max_bytes is not None and size > self._read_max_bytes:
-            reason = f"The request line and headers are longer than {self._read_max_bytes} bytes."
-            logger.warning("Bad request from %s: %s", self._peer(), reason)
-            status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-            with contextlib.suppress(StreamClosedError):
-                super().write(_plain_answer(status, reason))
-            self._take_leave()
+        limit = self._read_max_bytes
+        if limit is not None and size > limit and not self.closed():
+            self._refuse(*_too_long(delimiter, limit))
         super()._check_max_bytes(delimiter, size)
+
+    def _refuse(self, status: HTTPStatus, reason: str) -> asyncio.Future[None]:
+        logger.warning("Bad request from %s: %s", self._peer(), reason)
+        self._refused = True
+        return super().write(_plain_answer(status, reason))
+
+    def close_fd(self) -> None:
+        if self._refused:
+            self._take_leave()
+        super().close_fd()
 
     def _take_leave(self) -> None:
         """Reads what has arrived already: closing on unread data would reset the answer away (RFC 9112, 9.6)."""
@@ -66,6 +73,13 @@ class ServerStream(IOStream):
         with contextlib.suppress(OSError, AttributeError):
             return str(self.socket.getpeername()[0])
         return "a client that left"
+
+
+def _too_long(delimiter: Any, limit: int) -> tuple[HTTPStatus, str]:
+    if delimiter == b"\r\n":  # the only line that Tornado reads by itself is a chunk's size
+        return HTTPStatus.BAD_REQUEST, f"A chunk's size has more than {limit} bytes."
+    status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+    return status, f"The request line and headers are longer than {limit} bytes."
 
 
 def _plain_answer(status: HTTPStatus, reason: str) -> bytes:
@@ -124,13 +138,14 @@ class Server:
 
         ``grace`` is how long requests in flight may take, in seconds (``TORNJANGO["GRACEFUL_TIMEOUT"]`` unless given).
         """
-        if self._loop is not None and not self._loop.is_closed():
+        if self._loop is None:  # a signal came before the loop
+            self._begin_stop(grace)
+        elif not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._begin_stop, grace)
 
     def _begin_stop(self, grace: float | None) -> None:
         if self._stop.is_set():
-            for handler in list(self.application.in_flight):
-                handler.stop()
+            self._end_all()
         elif grace is not None:
             self._grace = grace
         self._stop.set()
@@ -141,22 +156,32 @@ class Server:
         self.application.draining = True
         comet.drain()
         if not await self._all_answered(self._grace):
-            waiting = list(self.application.in_flight)
-            logger.warning("%d requests did not finish in %g s", len(waiting), self._grace)
-            for handler in waiting:
-                handler.stop()
+            count = len(self.application.in_flight) + len(self.application.arriving)
+            logger.warning("%d requests did not finish in %g s", count, self._grace)
+            self._end_all()
             await self._all_answered(1)
         await http.close_all_connections()
         await self.application.close()
 
+    def _end_all(self) -> None:
+        """Those that are being answered are answered 503; those still arriving are not waited for."""
+        for handler in list(self.application.in_flight):
+            handler.stop()
+        for arrival in self.application.arriving:
+            if not arrival.done():
+                arrival.set_result(None)
+
     async def _all_answered(self, limit: float) -> bool:
         deadline = time.monotonic() + limit
-        while in_flight := {handler.task for handler in self.application.in_flight}:
+        while unfinished := self._unfinished():
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
-            await asyncio.wait(in_flight, timeout=left)
+            await asyncio.wait(unfinished, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         return True
+
+    def _unfinished(self) -> set[asyncio.Future[None]]:
+        return {handler.task for handler in self.application.in_flight} | self.application.arriving
 
 
 class RunserverAdapter:

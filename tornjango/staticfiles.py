@@ -11,6 +11,7 @@ from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 
 from tornjango.handlers import DjangoHandler
+from tornjango.requests import path_info
 
 
 class StaticFiles(StaticFilesHandlerMixin, BaseHandler):
@@ -20,7 +21,8 @@ class StaticFiles(StaticFilesHandlerMixin, BaseHandler):
         self.base_url = urlsplit(self.get_base_url())  # type: ignore[assignment]
 
     def should_handle(self, path: str) -> bool:
-        return bool(self._should_handle(path))
+        """Whether this is for a request whose path, not yet decoded, is ``path``."""
+        return bool(self._should_handle(path_info(path)))
 
 
 class StaticHandler(DjangoHandler):
