@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -74,12 +73,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / name.split()[-1]
 
 
-def setuptools_is_too_old() -> bool:
-    return int(importlib.metadata.version("setuptools").split(".")[0]) < 77
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(setuptools_is_too_old(), reason="building needs setuptools 77 or later")
 def test_the_wheel_has_every_file_of_the_package_and_no_other(wheel: Path) -> None:
     files = {
         str(path.relative_to(ROOT))
@@ -92,7 +86,6 @@ def test_the_wheel_has_every_file_of_the_package_and_no_other(wheel: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(setuptools_is_too_old(), reason="building needs setuptools 77 or later")
 def test_the_wheel_says_what_it_needs_and_what_it_is(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         info = f"tornjango-{tornjango.__version__}.dist-info"
