@@ -6,5 +6,5 @@ from tornjango import comet
 
 
 @comet.channel("bench")
-def can_read(request: HttpRequest) -> bool:
+async def can_read(request: HttpRequest) -> bool:
     return True
