@@ -198,7 +198,8 @@ class TornadoRequest(HttpRequest):
 
     @cached_property
     def COOKIES(self) -> dict[str, str]:  # type: ignore[override]
-        return parse_cookie(self.META.get("HTTP_COOKIE", ""))
+        cookie: str = self.META.get("HTTP_COOKIE", "")
+        return parse_cookie(cookie.encode("latin-1").decode(errors="replace"))
 
     @property
     def POST(self) -> QueryDict:  # type: ignore[override]
