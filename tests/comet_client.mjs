@@ -62,6 +62,15 @@ function refuse(poll, status, error, headers = {}) {
   poll.response.end(JSON.stringify({error}))
 }
 
+// A request of the test's own overtakes no poll that is under way: nothing else was sent before it.
+async function nothingIsAsked() {
+  const marker = fetch(`${base}marker`)
+  const first = await nextPoll()
+  assert.equal(first.request.url, "/comet/marker")
+  first.response.end()
+  await marker
+}
+
 const message = (channel, data, event = null) => ({channel, event, data})
 
 test("one poll asks for all channels followed in the same turn, with the page's cursor", async () => {
@@ -137,16 +146,43 @@ test("the pauses between failed polls grow, at random, up to half a minute; focu
   assert.deepEqual(pauses, [500, 1000, 2000, 4000, 8000, 16000, 30000, 30000, 30000, 500])
 })
 
-test("a network that is back replaces the parked poll, a page that is back does not", async () => {
+test("a network that is back replaces the parked poll", async () => {
+  comet.on("a", () => {})
+  const parked = await nextPoll()
+  page.dispatchEvent(new Event("online"))
+  assert.equal((await nextPoll()).cursor, "start")
+  assert.equal(await parked.left, true)
+})
+
+test("a page that is back keeps its parked poll", async () => {
   comet.on("a", () => {})
   const parked = await nextPoll()
   page.dispatchEvent(new Event("focus"))
   page.dispatchEvent(new Event("visibilitychange"))
-  page.dispatchEvent(new Event("online"))
-  const replaced = await nextPoll()
-  assert.equal(await parked.left, true)
-  assert.equal(replaced.cursor, "start")
-  assert.equal(polls.length, 0)
+  await nothingIsAsked()
+  answer(parked)
+  assert.equal((await nextPoll()).cursor, "next")
+})
+
+test("a draining server's retry is waited for, unless the page comes back", async () => {
+  const opened = next("status")
+  comet.on("a", () => {})
+  answer(await nextPoll(), {retry: 1_000_000})
+  await opened
+  await nothingIsAsked()
+  page.dispatchEvent(new Event("visibilitychange"))
+  assert.equal((await nextPoll()).cursor, "next")
+})
+
+test("a second callback for a channel needs no other poll", async () => {
+  const seen = []
+  comet.on("a", data => seen.push(["first", data]))
+  const parked = await nextPoll()
+  comet.on("a", data => seen.push(["second", data]))
+  await nothingIsAsked()
+  answer(parked, {messages: [message("a", 1)]})
+  await nextPoll()
+  assert.deepEqual(seen, [["first", 1], ["second", 1]])
 })
 
 test("a draining server's retry is waited for, and not taken for a failure", async () => {
@@ -189,12 +225,15 @@ test("a cursor that is no longer good is given up, and the gap is told once ther
 })
 
 test("following another channel gives up the parked poll for one that asks for both", async () => {
+  const statuses = []
+  comet.addEventListener("status", ({detail}) => statuses.push(detail.status))
   comet.on("a", () => {})
   const parked = await nextPoll()
   comet.on("b", () => {})
   const both = await nextPoll()
   assert.equal(await parked.left, true)
   assert.deepEqual(both.channels, ["a", "b"])
+  assert.deepEqual(statuses, [])
   assert.equal(both.cursor, "start")
 })
 

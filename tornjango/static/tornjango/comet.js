@@ -1,7 +1,8 @@
 /**
  * Follows channels of a tornjango site: one long-poll for all channels of the page, every message in order and once.
  *
- *   import {Comet} from "{% static 'tornjango/comet.js' %}"
+ * In a module script of the page, import {Comet} from this file's static URL, then:
+ *
  *   new Comet("/comet/", {cursor}).on("entry:7", (data, {channel, event}) => ..., {gap: () => location.reload()})
  *
  * `cursor` is what comet.cursor("entry:7") gave before the page's queries ran; without one, it starts when it connects.
