@@ -47,7 +47,7 @@ class ServerStream(IOStream):
 
     def _check_max_bytes(self, delimiter: Any, size: int) -> None:
         limit = self._read_max_bytes
-        if limit is not None and size > limit and not self.closed():
+        if limit is not None and size > limit and not self._refused:
             self._refuse(*_too_long(delimiter, limit))
         super()._check_max_bytes(delimiter, size)
 
