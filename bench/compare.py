@@ -126,7 +126,7 @@ def report(samples: Samples) -> str:
             "",
             "Requests a second (and against uvicorn)",
             figures.table(header, lines(figures.rate_cell)),
-            "* less than 90% of its core: the client or PostgreSQL was the limit, not the server",
+            "* less than 90% of its core: the client, PostgreSQL or other work on this machine was the limit",
             "",
             _quality(list(summaries.values())),
         ]
