@@ -37,6 +37,8 @@ from tornjango.templates import TemplateProblem, querysets, registry, render
 FILESYSTEM = "django.template.loaders.filesystem.Loader"
 APP_DIRECTORIES = "django.template.loaders.app_directories.Loader"
 LOCMEM = "django.template.loaders.locmem.Loader"
+TEMPLATES_SETTING = "django.forms.renderers.TemplatesSetting"
+DJANGO_RENDERER = "django.forms.renderers.DjangoTemplates"
 CACHED = "django.template.loaders.cached.Loader"
 
 Configure = Callable[..., None]
@@ -61,10 +63,11 @@ def jinja_backend(*folders: Path, **options: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def configure() -> Iterator[Configure]:
-    """Sets TEMPLATES (and more) until the test ends."""
+    """Sets TEMPLATES (and more) until the test ends. The form renderer has no templates of its own, to be quick."""
     active: list[override_settings] = []
 
     def apply(*templates: dict[str, Any], **settings: Any) -> None:
+        settings = {"FORM_RENDERER": TEMPLATES_SETTING, **settings}
         override = override_settings(TEMPLATES=list(templates), **settings)
         override.enable()
         active.append(override)
@@ -260,7 +263,7 @@ def test_a_tag_may_load_a_template_while_it_is_compiled(folder: Path, configure:
 
 
 def test_a_name_that_only_the_form_renderer_can_load_is_no_problem(configure: Configure) -> None:
-    configure(django_backend(APP_DIRS=True))
+    configure(django_backend(APP_DIRS=True), FORM_RENDERER=DJANGO_RENDERER)
     assert registry.fill() == []
 
 
@@ -640,6 +643,7 @@ def test_a_file_told_through_a_symbolic_link_is_ours(tmp_path: Path, configure: 
 
 
 def test_the_form_renderers_templates_are_refreshed_too(configure: Configure) -> None:
+    configure(FORM_RENDERER=DJANGO_RENDERER)
     registry.fill()
     engine = cast(Any, get_default_renderer()).engine.engine
     (folder, *_) = engine.dirs
@@ -909,14 +913,20 @@ def test_the_error_tells_the_way_through_other_templates(folder: Path, entry: En
     assert message.endswith(way)
 
 
-def test_the_error_tells_the_field_of_a_form(folder: Path, entry: Entry) -> None:
+def test_the_error_tells_the_field_of_a_form(
+    tmp_path: Path, configure: Configure, entry: Entry
+) -> None:
     class EntryForm(forms.Form):
         blog = forms.ModelChoiceField(Blog.objects.all())
 
-    write(folder, {"page.html": "\n{{ form.blog }}"})
+    write(tmp_path, {"field.html": "\n{{ form.blog }}", "form.html": "\n\n{{ form }}"})
+    configure(django_backend(DIRS=[tmp_path]), FORM_RENDERER=DJANGO_RENDERER)
     registry.fill()
-    message = refused("page.html", {"form": EntryForm()})
-    assert "{{ form.blog }}" in message or "form.blog in template 'page.html', line 2" in message
+    message = refused("field.html", {"form": EntryForm()})
+    assert message.startswith("form.blog in template 'field.html', line 2 would query")
+    message = refused("form.html", {"form": EntryForm()})
+    assert "would query" in message
+    assert message.endswith("It is reached from form in template 'form.html', line 3.")
 
 
 def test_a_context_processor_that_queries_is_named(folder: Path, database: None) -> None:
