@@ -20,16 +20,18 @@ def write_comment(browser: Browser, entry: str, text: str = "Hello", **headers: 
     return browser.post(f"{entry}comment/", {"name": "Eve", "text": text}, **headers)
 
 
+def cursor_of(page: Answer) -> str:
+    return page.find(r'live[?]\.cursor [?][?] "([^"]+)"').replace(r"\u002D", "-")
+
+
 def poll(browser: Browser, page: Answer, cursor: str | None = None) -> Answer:
     """One long-poll, as the page's script asks it."""
-    return browser.read(
-        browser.open("GET", poll_path(page, cursor or page.find(r'cursor: "([^"]+)"')))
-    )
+    return browser.read(browser.open("GET", poll_path(page, cursor or cursor_of(page))))
 
 
 def poll_path(page: Answer, cursor: str) -> str:
     channel = page.find(r'\.on\("(entry:\d+)"')
-    return f"/comet/poll/?channel={channel}&cursor={cursor}".replace(r"\u002D", "-")
+    return f"/comet/poll/?channel={channel}&cursor={cursor}"
 
 
 def test_the_view_of_2009_is_there_to_the_letter() -> None:
@@ -121,7 +123,7 @@ def test_search_takes_whatever_is_typed(example: Example, query: str) -> None:
 def test_comment_reaches_a_reader_who_waits(example: Example) -> None:
     reader, writer, entry = example.browser(), example.browser(), example.entry()
     page = reader.get(entry)
-    waiting = reader.open("GET", poll_path(page, page.find(r'cursor: "([^"]+)"')))
+    waiting = reader.open("GET", poll_path(page, cursor_of(page)))
     writer.get(entry)
     posted = write_comment(writer, entry, 'I say <b>"no"</b> & mean it.')
     [message] = reader.read(waiting).json()["messages"]
@@ -177,22 +179,26 @@ def test_comment_without_the_page_s_token_is_refused(example: Example) -> None:
     assert browser.post("/entry/none/comment/", {}).status == 404
 
 
-def test_reader_counts_for_as_long_as_the_page_is_open(example: Example) -> None:
+def test_reader_counts_for_as_long_as_the_page_polls(example: Example) -> None:
     reader, entry = example.browser(), example.entry()
     page = reader.get(entry)
-    path = page.find(r'fetch\("([^"]+)"')
-    here = f"/comet/poll/?channel=readers:{path.split('/')[2]}&cursor="
-    cursor = page.find(r'cursor: "([^"]+)"').replace(r"\u002D", "-")
-    open_page = reader.open("GET", path)
-    arrived = reader.get(here + cursor).json()
+    start = cursor_of(page)
+    base = page.find(r'new Comet\("([^"]+)"')
+    pk = base.split("/")[2]
+
+    def readers(cursor: str) -> Answer:
+        return reader.get(f"/comet/poll/?channel=readers:{pk}&cursor={cursor}")
+
+    open_page = reader.open("GET", f"{base}poll/?channel=entry:{pk}&cursor={start}")
+    arrived = readers(start).json()
     open_page.close()
-    left = reader.get(here + arrived["cursor"]).json()
+    left = readers(arrived["cursor"]).json()
     assert [message["data"] for message in arrived["messages"]] == ["1 reading now"]
     assert [message["data"] for message in left["messages"]] == ["0 reading now"]
 
 
 def test_nobody_reads_an_entry_that_is_not_there(example: Example) -> None:
-    path = "/reading/999999/7b1c1f6e-6c0f-4d6f-9a53-0d4d7e1b0c11/"
+    path = "/reading/999999/7b1c1f6e-6c0f-4d6f-9a53-0d4d7e1b0c11/poll/?channel=entry:999999"
     assert example.browser().get(path).status == 404
     assert example.browser().get("/comet/poll/?channel=entry:999999").status == 403
 

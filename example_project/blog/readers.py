@@ -1,4 +1,4 @@
-"""Who is reading what, in this process: a page counts from its first request until shortly after its last."""
+"""Who is reading what, in this process: a page counts from its first poll until shortly after its last."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from uuid import UUID
 
 from tornjango import comet
 
-GRACE = 3  # seconds in which a page that was answered asks again
+GRACE = 3  # seconds in which a page whose poll was answered is back with the next
 
 
 @dataclass
 class Page:
     reader: str
-    requests: int = 0
+    polls: int = 0
 
 
 pages: defaultdict[int, dict[UUID, Page]] = defaultdict(dict)
@@ -23,19 +23,19 @@ pages: defaultdict[int, dict[UUID, Page]] = defaultdict(dict)
 
 def arrive(pk: int, page: UUID, reader: str) -> None:
     known = page in pages[pk]
-    pages[pk].setdefault(page, Page(reader)).requests += 1
+    pages[pk].setdefault(page, Page(reader)).polls += 1
     if not known:
         announce(pk)
 
 
 def leave(pk: int, page: UUID) -> None:
-    pages[pk][page].requests -= 1
+    pages[pk][page].polls -= 1
     asyncio.get_running_loop().call_later(GRACE, forget, pk, page)
 
 
 def forget(pk: int, page: UUID) -> None:
     """Unless it has come back, or another call was quicker."""
-    if page in pages[pk] and not pages[pk][page].requests:
+    if page in pages[pk] and not pages[pk][page].polls:
         del pages[pk][page]
         announce(pk)
     if not pages[pk]:

@@ -14,6 +14,7 @@ from django.utils.html import linebreaks
 from django.views.decorators.http import require_POST
 
 from tornjango import DeferredResponse, comet, db
+from tornjango.comet.views import poll
 
 from . import readers
 from .forms import CommentForm, SearchForm
@@ -135,15 +136,14 @@ async def comment(request: HttpRequest, slug: str) -> HttpResponse:
 
 
 async def reading(request: HttpRequest, pk: int, page: UUID) -> HttpResponse:
-    """An open page has this request open: it waits, holds no thread, and is cancelled when the page is closed."""
+    """An entry's long-poll. An open page always has one parked here, which is how we know that it is being read."""
     entry = await first_or_404(Blog.objects.filter(pk=pk))
     user = await request.auser()
     readers.arrive(entry.pk, page, user.get_username())
     try:
-        await comet.wait(None, comet.cursor(f"entry:{pk}"), f"entry:{pk}")
-    finally:
+        return await poll(request)
+    finally:  # also when the client leaves: then the poll is cancelled
         readers.leave(entry.pk, page)
-    return HttpResponse(status=204)  # and the page asks again
 
 
 # Plain views run in a worker thread, and may block on whatever they like.
