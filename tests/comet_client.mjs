@@ -1,4 +1,4 @@
-// Run by test_comet_client.py under Node, with the client's address as the argument: real HTTP, no browser.
+// Run by test_comet_client.py under Node, with the client's module in COMET_JS: real HTTP, no browser.
 import assert from "node:assert/strict"
 import http from "node:http"
 import {once} from "node:events"
