@@ -209,6 +209,12 @@ QUERYSETS: dict[str, Callable[[], Any]] = {
     "union of values": lambda: Blog.objects.values_list("name").union(
         Author.objects.values_list("name")
     ),
+    "union of values, ordered by another": lambda: (
+        Entry.objects.filter(rating=1)
+        .union(Entry.objects.filter(rating=2))
+        .order_by("pk")
+        .values("title")
+    ),
     "intersection": lambda: Entry.objects.filter(rating__gt=1).intersection(
         Entry.objects.filter(rating__lt=3)
     ),

@@ -55,7 +55,7 @@ def compile(queryset: AnyQuerySet, using: str | None = None) -> Compiled:
 class _CompiledQuery(Compiled):
     def __init__(self, queryset: QuerySet[Any, Any], alias: str) -> None:
         self.alias = alias
-        self.compiler: Any = queryset.query.get_compiler(alias)
+        self.compiler: Any = _compilable(queryset.query).get_compiler(alias)
         try:
             sql, params = self.compiler.as_sql()
         except EmptyResultSet:
@@ -132,6 +132,17 @@ def _adapted(params: Any, alias: str) -> Params:
     if isinstance(params, Mapping):
         return {key: adapt(value) for key, value in params.items()}
     return tuple(adapt(value) for value in params)
+
+
+def _compilable(query: Any) -> Any:
+    """Compiling a union adds to it the columns that it is ordered by, which are not to be seen in its values."""
+    if not query.combinator:
+        return query
+    clone = query.clone()
+    if clone.selected:
+        # A clone shares it.
+        clone.selected = dict(clone.selected)
+    return clone
 
 
 def _copy(original: Any, **changes: Any) -> Any:

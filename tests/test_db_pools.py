@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+from django.db import connections
+from django.db.utils import ConnectionDoesNotExist
+from tornado.ioloop import IOLoop
+
+from tests.database import opened
+from tornjango import db
+from tornjango.conf import Config
+from tornjango.db import pools
+from tornjango.exceptions import ConfigurationError
+
+
+def test_every_database_has_the_engine_that_fits_it(database: None, io_loop: IOLoop) -> None:
+    async def engines() -> dict[str, str]:
+        async with opened():
+            return {alias: status["engine"] for alias, status in pools.status().items()}
+
+    expected = {"default": "momoko", "own": "momoko", "sqlite": "threads"}
+    assert io_loop.run_sync(engines) == expected
+    assert pools.status() == {}
+
+
+@pytest.mark.gen_test
+async def test_opening_twice_is_refused_and_closing_twice_is_harmless(database: None) -> None:
+    async with opened():
+        assert pools.is_open()
+        with pytest.raises(RuntimeError, match="close"):
+            pools.open()
+        assert await db.query("select 1") == [(1,)]
+    await pools.close()
+    assert not pools.is_open()
+
+
+@pytest.mark.gen_test
+async def test_pools_open_again_after_they_were_closed(database: None) -> None:
+    for _ in range(2):
+        async with opened():
+            await pools.get("default").open()
+            assert pools.status()["default"]["free"] == 1
+
+
+@pytest.mark.gen_test
+async def test_connecting_eagerly_opens_one_connection_of_each(
+    database: None, own_postgres: Any
+) -> None:
+    async with opened():
+        await pools.connect()
+        assert [pools.status()[alias]["free"] for alias in ("default", "own")] == [1, 1]
+
+
+def test_an_engine_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"\['sqlite'\].*SQLite, not PostgreSQL"):
+        pools.open(Config(ENGINES={"sqlite": "momoko"}))
+    with pytest.raises(ConfigurationError, match="'nowhere', which DATABASES has not"):
+        pools.open(Config(ENGINES={"nowhere": "threads"}))
+    assert not pools.is_open()
+
+
+def test_without_momoko_or_its_driver_threads_are_used(
+    monkeypatch: pytest.MonkeyPatch, io_loop: IOLoop
+) -> None:
+    class Driver:
+        __name__ = "psycopg"
+
+    async def engine() -> str:
+        async with opened():
+            return str(pools.status()["default"]["engine"])
+
+    find = importlib.util.find_spec
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            importlib.util, "find_spec", lambda name: None if name == "momoko" else find(name)
+        )
+        assert io_loop.run_sync(engine) == "threads"
+        with pytest.raises(ConfigurationError, match=r"pip install --no-deps momoko"):
+            pools.open(Config(ENGINES={"default": "momoko"}))
+    monkeypatch.setattr(type(connections["default"]), "Database", Driver())
+    assert io_loop.run_sync(engine) == "threads"
+    with pytest.raises(ConfigurationError, match="Django uses psycopg for it"):
+        pools.open(Config(ENGINES={"default": "momoko"}))
+
+
+def test_a_database_that_is_not_there_is_named(database: None) -> None:
+    with pytest.raises(ConnectionDoesNotExist, match="nowhere"):
+        pools.get("nowhere")
