@@ -256,7 +256,7 @@ class _Call:
 
     async def open_file(self, path: str | PathLike[str], **options: Any) -> HttpResponseBase:
         try:
-            file = await sync_to_async(lambda: Path(path).open("rb"))()
+            file = await sync_to_async(lambda: Path(path).open("rb"))()  # noqa: SIM115  FileResponse closes it
         except (FileNotFoundError, IsADirectoryError) as exc:
             raise Http404(f"There is no file {path}.") from exc
         return FileResponse(file, **options)
