@@ -209,7 +209,7 @@ TOPICS = {
         ],
         [
             "The dough knows what the weather is, and says so.",
-            "Flour, water, salt and a night's sleep: mine, not the dough's.",
+            "Flour, water, salt and a night of sleep: mine, not that of the dough.",
             "The crust sang for a minute on the rack, as it should.",
             "I fed the starter, went on holiday, and came home to something with ambitions.",
             "The first slice belongs to whoever lit the oven.",
@@ -565,12 +565,12 @@ TOPICS = {
             "a stile",
             "a day without a map",
             "a walking stick",
-            "a drovers' road",
+            "a sunken road",
         ],
         [
             "We made eleven miles, three of them on purpose.",
             "The stile has been mended with a bed frame and will outlive us all.",
-            "A boot dries in two days, or in one night next to a landlady's stove.",
+            "A boot dries in two days, or in one night next to a borrowed stove.",
             "At the top there was a view of the cloud that we were in.",
             "Nothing is settled by walking, but a good deal is left behind.",
         ],
