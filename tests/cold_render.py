@@ -1,52 +1,18 @@
-"""A process of its own that fills the registry, renders pages of the admin, and prints each file opened meanwhile.
+"""A process of its own that fills the registry, renders pages, and prints each file that was opened meanwhile.
 
-    python -m tests.cold_render LANGUAGE_CODE FORM_RENDERER DEBUG
+    python -m tests.cold_render admin LANGUAGE_CODE FORM_RENDERER DEBUG
+    python -m tests.cold_render pages PATH...
 
-Last it prints how many pages it rendered. Its own process, because the first page to be rendered is the one that counts.
+Last it prints how many templates were rendered by name. A process of its own, because the first page is the one that
+counts.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 from typing import Any
-
-rendering = False
-pages = 0
-
-
-def hook(event: str, args: tuple[Any, ...]) -> None:
-    if rendering and event in ("open", "os.scandir", "os.listdir"):
-        print(event, args[0])
-
-
-def watch() -> None:
-    from django.template.response import SimpleTemplateResponse
-
-    content = SimpleTemplateResponse.rendered_content.fget  # type: ignore[attr-defined]
-
-    def rendered_content(self: SimpleTemplateResponse) -> str:
-        global rendering, pages
-        rendering, pages = True, pages + 1
-        try:
-            return str(content(self))
-        finally:
-            rendering = False
-
-    SimpleTemplateResponse.rendered_content = property(rendered_content)  # type: ignore[assignment,method-assign]
-
-
-def visit(user: Any) -> None:
-    from django.test import Client
-
-    client = Client()
-    assert client.get("/admin/login/").status_code == 200
-    assert client.post("/admin/login/", {"username": "x", "password": "y"}).status_code == 200
-    client.force_login(user)
-    for path in ADMIN_PAGES:
-        assert client.get(path.format(user.pk)).status_code == 200, path
-    wrong = client.post("/admin/auth/user/add/", {"username": "", "password1": "a"})
-    assert wrong.status_code == 200
-
+from urllib.request import urlopen
 
 ADMIN_PAGES = (
     "/admin/",
@@ -63,8 +29,38 @@ ADMIN_PAGES = (
     "/admin/password_change/",
 )
 
+# The thread that renders.
+rendering: int | None = None
+rendered = 0
 
-def main(language: str, renderer: str, debug: str) -> None:
+
+def hook(event: str, args: tuple[Any, ...]) -> None:
+    if rendering == threading.get_ident() and event in ("open", "os.scandir", "os.listdir"):
+        print(event, args[0])
+
+
+def watch() -> None:
+    """Has the hook listen while a template is rendered, all that it extends, includes and calls with it."""
+    from django.template.backends.django import Template
+
+    render = Template.render
+
+    def watched(self: Template, *args: Any, **kwargs: Any) -> Any:
+        global rendering, rendered
+        if rendering:
+            return render(self, *args, **kwargs)
+        rendering, rendered = threading.get_ident(), rendered + 1
+        try:
+            return render(self, *args, **kwargs)
+        finally:
+            rendering = None
+
+    Template.render = watched  # type: ignore[method-assign]
+    sys.addaudithook(hook)
+
+
+def render_admin(language: str, renderer: str, debug: str) -> None:
+    import django
     from django.conf import settings
 
     settings.LANGUAGE_CODE = language
@@ -72,24 +68,45 @@ def main(language: str, renderer: str, debug: str) -> None:
     settings.DEBUG = debug == "True"
     if renderer.endswith("TemplatesSetting"):
         settings.INSTALLED_APPS = [*settings.INSTALLED_APPS, "django.forms"]
-    import django
-
     django.setup()
     from django.contrib.auth.models import User
 
     from tornjango import templates
 
+    user = User.objects.create_superuser(f"cold {language} {renderer} {debug}", "", "secret")
     problems = templates.registry.fill()
     assert not problems, problems
-    user = User.objects.create_superuser(f"cold {language} {renderer} {debug}", "", "secret")
     watch()
-    sys.addaudithook(hook)
     try:
-        visit(user)
+        visit_admin(user)
     finally:
         user.delete()
-    print(pages, "pages")
+
+
+def visit_admin(user: Any) -> None:
+    from django.test import Client
+
+    client = Client()
+    assert client.get("/admin/login/").status_code == 200
+    assert client.post("/admin/login/", {"username": "x", "password": "y"}).status_code == 200
+    client.force_login(user)
+    for path in ADMIN_PAGES:
+        assert client.get(path.format(user.pk)).status_code == 200, path
+    wrong = client.post("/admin/auth/user/add/", {"username": "", "password1": "a"})
+    assert wrong.status_code == 200
+
+
+def render_pages(*paths: str) -> None:
+    from tornjango.testing import LiveServer
+
+    with LiveServer() as server:
+        assert not server.application.problems
+        watch()
+        for path in paths:
+            with urlopen(server.url + path) as response:
+                assert response.status == 200, path
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    {"admin": render_admin, "pages": render_pages}[sys.argv[1]](*sys.argv[2:])
+    print(rendered, "rendered")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import jinja2
@@ -23,6 +24,7 @@ from django.forms.renderers import get_default_renderer
 from django.http import HttpRequest
 from django.template import Engine, TemplateDoesNotExist, TemplateSyntaxError, engines
 from django.template.autoreload import reset_loaders
+from django.template.backends.base import BaseEngine
 from django.template.loader import get_template
 from django.template.loaders.filesystem import Loader as FilesystemLoader
 from django.test import RequestFactory, override_settings
@@ -31,6 +33,7 @@ from django.utils import formats, translation
 from django.utils.translation import trans_real
 
 from tests.app.models import Author, Blog, Entry
+from tests.example import Example
 from tornjango.exceptions import TemplateQueryError
 from tornjango.templates import TemplateProblem, querysets, registry, render
 
@@ -509,10 +512,23 @@ def test_forms_render_without_opening_a_file(renderer: str) -> None:
 def test_admin_renders_from_a_cold_start_without_opening_a_file(
     language: str, renderer: str, debug: str
 ) -> None:
-    command = [sys.executable, "-m", "tests.cold_render", language, renderer, debug]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ)
+    assert cold_render("admin", language, renderer, debug, env=dict(os.environ)) == "15 rendered\n"
+
+
+def test_the_example_renders_from_a_cold_start_without_opening_a_file(example: Example) -> None:
+    folder = Path(__file__).parent.parent / "example_project"
+    env = {**example.env, "DJANGO_SETTINGS_MODULE": "config.settings"}
+    env["PYTHONPATH"] = os.pathsep.join([str(folder.parent), str(folder)])
+    paths = ["/2009/", "/", "/year/2009/", "/tag/sport/", "/search/?q=a", "/about/", "/login/"]
+    paths += [example.entry(), "/admin/login/"]
+    assert cold_render("pages", *paths, env=env) == f"{len(paths)} rendered\n"
+
+
+def cold_render(*arguments: str, env: dict[str, str]) -> str:
+    command = [sys.executable, "-m", "tests.cold_render", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "15 pages\n"
+    return done.stdout
 
 
 @contextmanager
@@ -544,6 +560,12 @@ def test_languages_of_the_projects_own_choice_are_loaded(
             with translation.override("de"):
                 assert render("page.html", {"x": date(2009, 5, 1)}) == "Ja 1. Mai 2009"
         assert bool(paths) is (chosen is None)
+
+
+def test_a_language_that_has_no_catalog_is_reported(folder: Path) -> None:
+    with override_settings(LANGUAGE_CODE="xx"), cold_translations():
+        (problem,) = registry.fill()
+    assert str(problem).startswith("language 'xx': OSError: No translation files found")
 
 
 def test_context_processors_that_cannot_be_imported_are_reported(configure: Configure) -> None:
@@ -791,6 +813,34 @@ def test_a_jinja_loader_that_cannot_list_is_named_and_works(
         assert registry.fill() == []
     assert "jinja2.loaders.FunctionLoader cannot list its templates" in caplog.text
     assert render("page.html", {}) == "page"
+
+
+class Shouting(BaseEngine):
+    """A backend of a kind that nobody knows."""
+
+    def __init__(self, params: dict[str, Any]) -> None:
+        super().__init__({key: value for key, value in params.items() if key != "OPTIONS"})
+
+    def get_template(self, template_name: str) -> Any:
+        if template_name != "page.html":
+            raise TemplateDoesNotExist(template_name, backend=self)
+        return SimpleNamespace(render=lambda context, request: template_name.upper())
+
+
+def test_a_backend_of_an_unknown_kind_is_named_and_works(
+    folder: Path, configure: Configure, caplog: pytest.LogCaptureFixture
+) -> None:
+    configure(django_backend(DIRS=[folder]), {"BACKEND": f"{__name__}.Shouting"})
+    with caplog.at_level(logging.WARNING, "tornjango.templates"):
+        assert registry.fill() == []
+    assert f"{__name__}.Shouting cannot list its templates" in caplog.text
+    assert registry.refresh(folder / "page.html") is True
+    assert render("page.html", {}) == "PAGE.HTML"
+
+
+def test_a_jinja_environment_without_a_loader_is_left_alone(configure: Configure) -> None:
+    configure(jinja_backend(loader=None))
+    assert registry.fill() == []
 
 
 def test_jinja_overlays_and_globals_work_as_before(jinja: Path) -> None:

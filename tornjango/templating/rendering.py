@@ -98,13 +98,16 @@ def _refuse(*args: object, **kwargs: object) -> NoReturn:
     raise QueryStarted("A database query was started here, in the middle of rendering.")
 
 
+REFUSALS = dict.fromkeys(GUARDED, _refuse)
+
+
 @contextlib.contextmanager
 def _no_queries() -> Iterator[None]:
     """Rendering neither waits nor changes thread, so what is set on this thread's connections is nobody else's."""
     wrappers = [vars(connection) for connection in connections.all()]
     before = [{name: own[name] for name in GUARDED if name in own} for own in wrappers]
     for own in wrappers:
-        own.update(dict.fromkeys(GUARDED, _refuse))
+        own.update(REFUSALS)
     try:
         yield
     finally:
