@@ -31,6 +31,7 @@ async def arender(
 
 async def _fill(queryset: Any) -> None:
     queryset._result_cache = await db.fetch(queryset)
+    queryset._prefetch_done = True  # by the fetch
 
 
 async def _load_user(request: HttpRequest | None) -> None:

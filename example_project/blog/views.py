@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -15,6 +14,7 @@ from django.views.decorators.http import require_POST
 
 from tornjango import DeferredResponse, comet, db
 from tornjango.comet.views import poll
+from tornjango.shortcuts import arender
 
 from . import readers
 from .forms import CommentForm, SearchForm
@@ -102,10 +102,8 @@ async def search(request: HttpRequest) -> HttpResponse:
 
 async def entry(request: HttpRequest, slug: str) -> HttpResponse:
     entry = await get_entry(slug)
-    request.user = await request.auser()
-    return await entry_page(
-        request, entry, CommentForm(initial={"name": request.user.get_username()})
-    )
+    user = await request.auser()
+    return await entry_page(request, entry, CommentForm(initial={"name": user.get_username()}))
 
 
 @require_POST
@@ -170,11 +168,8 @@ async def listing(
     paginator = Paginator(shown.annotate(comment_count=Count("comments")), per_page=20)
     paginator.count = await entries.acount()
     page = paginator.get_page(request.GET.get("page"))
-    request.user = await request.auser()  # as a template must not query
-    page.object_list, context["years"], context["tags"] = await asyncio.gather(
-        db.fetch(page.object_list), db.fetch(years()), db.fetch(tags())
-    )
-    return render(request, template, {"page": page, **context})
+    context |= {"page": page, "entries": page.object_list, "years": years(), "tags": tags()}
+    return await arender(request, template, context)
 
 
 async def entry_page(
@@ -184,13 +179,13 @@ async def entry_page(
     cursor = comet.cursor(f"entry:{entry.pk}", f"readers:{entry.pk}")
     context = {
         "entry": entry,
-        "comments": await db.fetch(entry.comments.all()),
+        "comments": entry.comments.all(),
         "form": form,
         "cursor": cursor,
         "readers": readers.line(entry.pk),
         "page": uuid4(),
     }
-    return render(request, "blog/entry.html", context, status=status)
+    return await arender(request, "blog/entry.html", context, status=status)
 
 
 async def get_entry(slug: str) -> Blog:
