@@ -173,7 +173,9 @@ def _load_language(language: str) -> None:
 
 
 def _load_processors(backend: Any) -> None:
-    getattr(backend, "engine", backend).template_context_processors  # noqa: B018 A cached property.
+    owner = getattr(backend, "engine", backend)
+    if hasattr(type(owner), "template_context_processors"):
+        owner.template_context_processors  # noqa: B018 A cached property.
 
 
 def _load_static_storage() -> None:
