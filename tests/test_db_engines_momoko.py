@@ -9,6 +9,7 @@ from typing import Any
 import psycopg2
 import psycopg2.errors
 import pytest
+from asgiref.sync import SyncToAsync
 from django.db import connections
 from django.db.transaction import TransactionManagementError
 from django.db.utils import (
@@ -58,6 +59,17 @@ async def pid(alias: str = "default") -> int:
     return int(rows[0][0])
 
 
+async def backends(watcher: Watcher, number: int, alias: str = "default") -> set[int]:
+    """The processes behind `number` connections of a pool, in use at one time."""
+    tasks = [start("select pg_sleep(60)", alias=alias) for _ in range(number)]
+    await until(lambda: len(watcher.running("pg_sleep(60)")) == number)
+    pids = set(watcher.running("pg_sleep(60)"))
+    for task in tasks:
+        task.cancel()
+    await until(lambda: pools.status()[alias]["in_use"] == 0)
+    return pids
+
+
 # What comes back
 
 
@@ -74,13 +86,21 @@ def test_only_the_querysets_that_are_wrong_fail(fetch: Fetch) -> None:
 
 @pytest.fixture
 def naive() -> Iterator[None]:
+    """Without time zones; the thread that prefetches has a connection that would not hear of it."""
+    SyncToAsync.single_thread_executor.submit(_forget_connections).result()
     with override_settings(USE_TZ=False, TIME_ZONE="America/New_York"):
         yield
+        SyncToAsync.single_thread_executor.submit(_forget_connections).result()
+
+
+def _forget_connections() -> None:
+    for connection in connections.all(initialized_only=True):
+        connection.close()
+        del connections[connection.alias]
 
 
 def test_without_time_zones_datetimes_are_naive_and_local(naive: None, fetch: Fetch) -> None:
-    # Prefetching is done in a thread, whose connection has not heard of the overridden settings.
-    assert {name for name in differences(fetch) if "prefetch" not in name} == set()
+    assert differences(fetch) == {}
 
 
 @pytest.mark.gen_test
@@ -235,13 +255,7 @@ async def test_a_connection_that_ended_while_idle_is_replaced_unnoticed(
     database: None, watcher: Watcher
 ) -> None:
     async with opened(POOL_SIZE=3):
-        pids = {
-            result.rows[0][0]
-            for result in await asyncio.gather(
-                *(start("select pg_backend_pid(), pg_sleep(0.01)") for _ in range(3))
-            )
-        }
-        assert len(pids) == 3
+        pids = await backends(watcher, 3)
         for one in pids:
             watcher.terminate(one)
         assert not {await pid() for _ in range(5)} & pids
@@ -408,10 +422,9 @@ async def test_a_restart_under_load_loses_no_connection_and_repeats_no_statement
         assert done <= set(stored) <= done | failed
         assert len(failed) <= 20
         assert pools.status()["own"]["in_use"] == 0
-        backends = await asyncio.gather(
-            *(start("select pg_backend_pid(), pg_sleep(0.2)", alias="own") for _ in range(4))
-        )
-        assert len({result.rows[0][0] for result in backends}) == 4
+        watcher = Watcher(own_postgres.dsn("tornjango"))
+        assert len(await backends(watcher, 4, "own")) == 4
+        watcher.close()
 
 
 @pytest.mark.gen_test(timeout=15)
