@@ -258,3 +258,14 @@ async def test_atomic_requests_roll_back_a_sync_view_that_raises(
     assert views.seen == ["created in a transaction"]
     assert not await Blog.objects.aexists()
     assert "created" in str(error_log.pop().exc_info[1])
+
+
+@pytest.mark.gen_test
+@with_middleware(*DJANGOS)
+@pytest.mark.parametrize("path", ["/marked/", "/dressed/", "/language/"])
+async def test_atomic_requests_with_a_view_on_the_loop_is_an_error_that_says_what_to_do(
+    fetch: Any, error_log: list[Any], monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setitem(connections.settings["default"], "ATOMIC_REQUESTS", True)
+    assert (await fetch(path)).code == 500
+    assert "Mark it with @transaction.non_atomic_requests" in str(error_log.pop().exc_info[1])

@@ -19,7 +19,7 @@ from django.http.response import HttpResponseBase
 from django.urls import ResolverMatch
 from django.utils.deprecation import MiddlewareMixin
 
-from tornjango.views import AsyncView, View, adapt
+from tornjango.views import AsyncView, Kind, View, adapt, kind_of, view_name
 
 #: A form larger than this is parsed in a worker thread, where CSRF protection looks for its token; in bytes.
 PARSED_ON_THE_LOOP = 64 * 1024
@@ -167,6 +167,11 @@ class Chain(BaseHandler):
         """The last step before a view is called; its name is Django's."""
         if not self._atomic_aliases(view):
             return self._adapted(view)
+        if kind_of(view) is not Kind.SYNC:
+            raise RuntimeError(
+                f"ATOMIC_REQUESTS cannot hold a transaction around {view_name(view)}, which is "
+                f"{kind_of(view).value}. Mark it with @transaction.non_atomic_requests, or make it sync."
+            )
         return adapt(super().make_view_atomic(view))
 
     def _atomic_aliases(self, view: View) -> Collection[str]:
