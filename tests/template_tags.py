@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from django import template
-from django.template.base import Node, Parser, TextNode, Token
+from django.template.base import (
+    FilterExpression,
+    Node,
+    NodeList,
+    Parser,
+    TextNode,
+    Token,
+    VariableNode,
+)
+from django.template.context import Context
 from django.template.loader import get_template
 
 register = template.Library()
@@ -31,6 +40,19 @@ def paste(parser: Parser, token: Token) -> Node:
     """Loads its template when it is compiled."""
     name = token.split_contents()[1].strip("'")
     return TextNode(get_template(name).render())
+
+
+class Bare(Node):
+    """Renders a node that no template holds."""
+
+    def render(self, context: Context) -> str:
+        expression = FilterExpression("entries", Parser([]))
+        return NodeList([VariableNode(expression)]).render(context)
+
+
+@register.tag
+def bare(parser: Parser, token: Token) -> Node:
+    return Bare()
 
 
 @register.filter

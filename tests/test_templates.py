@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import jinja2
+import jinja2.ext
 import pytest
 from django import forms
 from django.core.exceptions import SynchronousOnlyOperation
@@ -411,14 +412,16 @@ class ByTenant(FilesystemLoader):
         return super().get_template_sources(f"tenant/{template_name}")
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("cached", [0, 1, 2])
 def test_a_loader_that_cannot_list_keeps_its_place_and_is_named(
-    folder: Path, configure: Configure, cached: bool, caplog: pytest.LogCaptureFixture
+    folder: Path, configure: Configure, cached: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(folder, {"page.html": "ours", "tenant/page.html": "theirs", "tenant/more.html": "more"})
     memory = (LOCMEM, {"page.html": "memory"})
     loaders: list[Any] = [memory, f"{__name__}.ByTenant", FILESYSTEM]
-    nested = [(CACHED, loaders)] if cached else loaders
+    nested = loaders
+    for _ in range(cached):
+        nested = [(CACHED, nested)]
     configure(django_backend(DIRS=[folder], OPTIONS={"loaders": nested}))
     with caplog.at_level(logging.WARNING, "tornjango.templates"):
         assert registry.fill() == []
@@ -428,6 +431,33 @@ def test_a_loader_that_cannot_list_keeps_its_place_and_is_named(
     assert ByTenant.asked == []
     assert [render("more.html", {}) for _ in range(2)] == ["more", "more"]
     assert len(ByTenant.asked) == (1 if cached else 2)
+
+
+def test_a_file_that_vanishes_between_listing_and_reading_is_forgotten(
+    folder: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = [("gone.html", str(folder / "gone.html"), 1)]
+    monkeypatch.setattr("tornjango.templating.files.walk", lambda path: iter(gone))
+    assert registry.fill() == []
+    with pytest.raises(TemplateDoesNotExist):
+        render("gone.html", {})
+    loader = jinja2.DictLoader({})
+    monkeypatch.setattr(loader, "list_templates", lambda: ["gone.html"])
+    configure(jinja_backend(loader=loader))
+    assert registry.fill() == []
+    with pytest.raises(TemplateDoesNotExist):
+        render("gone.html", {})
+
+
+def test_the_projects_own_loaders_read_from_memory_too(folder: Path) -> None:
+    write(folder, {"page.html": "page"})
+    registry.fill()
+    own = backend("django").engine.template_loaders[0].loaders[0]
+    with opened as paths:
+        assert own.get_template("page.html").source == "page"
+        with pytest.raises(TemplateDoesNotExist):
+            own.get_template("gone.html")
+    assert paths == []
 
 
 def test_origins_and_loaders_say_where_a_template_came_from(folder: Path) -> None:
@@ -768,6 +798,37 @@ def test_jinja_problems_are_reported_and_do_not_stop(jinja: Path) -> None:
         render(".git/bad.html", {})
 
 
+class Failing(jinja2.ext.Extension):
+    def preprocess(self, source: str, name: str | None, filename: str | None = None) -> str:
+        if "fail" in source:
+            raise ValueError("not this one")
+        return source
+
+
+def test_a_jinja_extension_that_fails_is_reported(tmp_path: Path, configure: Configure) -> None:
+    write(tmp_path, {"bad.html": "fail", "good.html": "good"})
+    configure(jinja_backend(tmp_path, extensions=[Failing]))
+    (problem,) = registry.fill()
+    assert str(problem) == "bad.html: ValueError: not this one"
+    assert render("good.html", {}) == "good"
+    with pytest.raises(ValueError, match="not this one"):
+        render("bad.html", {})
+
+
+def test_the_folder_of_a_jinja_package_loader_is_refreshed(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, {"some_package/__init__.py": "", "some_package/pages/page.html": "old"})
+    monkeypatch.syspath_prepend(tmp_path)
+    configure(jinja_backend(loader=jinja2.PackageLoader("some_package", "pages")))
+    assert registry.fill() == []
+    page = tmp_path / "some_package" / "pages" / "page.html"
+    page.write_text("new")
+    assert render("page.html", {}) == "old"
+    assert registry.refresh(page) is True
+    assert render("page.html", {}) == "new"
+
+
 def test_jinja_templates_are_refreshed(jinja: Path, error_log: list[logging.LogRecord]) -> None:
     write(jinja, {"base.html": "old", "page.html": "{% extends 'base.html' %}", "same.html": ""})
     registry.fill()
@@ -977,6 +1038,29 @@ def test_the_error_tells_the_field_of_a_form(
     message = refused("form.html", {"form": EntryForm()})
     assert "would query" in message
     assert message.endswith("It is reached from form in template 'form.html', line 3.")
+
+
+def test_a_node_that_no_template_holds_is_told_as_well_as_can_be(
+    folder: Path, database: None
+) -> None:
+    write(folder, {"page.html": "{% bare %}"})
+    options = {"builtins": ["tests.template_tags"]}
+    with override_settings(TEMPLATES=[django_backend(DIRS=[folder], OPTIONS=options)]):
+        registry.fill()
+        message = refused("page.html", {"entries": Entry.objects.all()})
+    assert message.startswith("<Variable Node: entries> in template '<unknown source>' would query")
+    assert message.endswith("It is reached from {% bare %} in template 'page.html', line 1.")
+
+
+def test_a_jinja_template_without_a_name_is_told_as_well_as_can_be(
+    jinja: Path, database: None
+) -> None:
+    write(jinja, {"page.html": "{{ inner() }}"})
+    registry.fill()
+    inner = backend("jinja2").env.from_string("{{ entries.count() }}")
+    message = refused("page.html", {"inner": lambda: inner.render(entries=Entry.objects)})
+    assert message.startswith("Something in template '<unknown source>', line 1 would query")
+    assert message.endswith("It is reached from {{ inner() }} in template 'page.html', line 1.")
 
 
 def test_a_context_processor_that_queries_is_named(folder: Path, database: None) -> None:

@@ -52,9 +52,8 @@ class Loader(jinja2.BaseLoader):
         template = self.compiled.get(known)
         if template is None or environment is not self.environment:
             return super().load(environment, known, globals)
-        if isinstance(
-            globals, ChainMap
-        ):  # Jinja2 puts what get_template() was given before the environment's own.
+        # Jinja2 puts what get_template() was given before the environment's own.
+        if isinstance(globals, ChainMap):
             template.globals.update(globals.maps[0])
         return template
 
@@ -70,13 +69,12 @@ class Loader(jinja2.BaseLoader):
                 yield TemplateProblem(name, path, exc.lineno, exc.message or str(exc))
             except jinja2.TemplateNotFound:  # The file vanished just now.
                 continue
-            except UnicodeDecodeError as exc:
-                self.later.add(name)
-                # An image, say, that lies among the templates.
-                if b"\0" not in exc.object:
-                    yield TemplateProblem(name, name, None, f"UnicodeDecodeError: {exc}")
             except Exception as exc:  # noqa: BLE001 An extension may raise anything; it is told to the caller.
-                yield TemplateProblem(name, name, None, f"{type(exc).__name__}: {exc}")
+                if name not in self.sources:
+                    self.later.add(name)
+                # Not of an image, say, that lies among the templates.
+                if not (isinstance(exc, UnicodeDecodeError) and b"\0" in exc.object):
+                    yield TemplateProblem(name, name, None, f"{type(exc).__name__}: {exc}")
 
     def _known(self, name: str) -> str:
         """``name`` as it was listed; "a//./b.html" is "a/b.html", as for Jinja2's own loaders."""

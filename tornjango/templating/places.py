@@ -9,7 +9,14 @@ from itertools import pairwise
 from types import FrameType
 from typing import Any
 
-from django.template.base import FilterExpression, Node, Template, TokenType, Variable
+from django.template.base import (
+    UNKNOWN_SOURCE,
+    FilterExpression,
+    Node,
+    Template,
+    TokenType,
+    Variable,
+)
 from django.template.loader_tags import BlockNode, ExtendsNode
 
 from tornjango.exceptions import TemplateQueryError
@@ -84,7 +91,7 @@ def _places(frames: list[tuple[FrameType, int]]) -> list[Place]:
 
 def _node_place(node: Node) -> Place:
     origin = getattr(node, "origin", None)  # A tag may render a node that no template holds.
-    name = getattr(origin, "template_name", None) or str(origin)
+    name = getattr(origin, "template_name", None) or UNKNOWN_SOURCE
     line = node.token.lineno if node.token else None
     frame = isinstance(node, ExtendsNode | BlockNode)
     return Place(name, line, _written(node), frame, node)
@@ -103,7 +110,7 @@ def _jinja_place(template: Any, line: int) -> Place:
     number = template.get_corresponding_lineno(line)
     text = _jinja_line(template, number)
     tags = " ".join(JINJA_TAG.findall(text)) or text or "Something"
-    return Place(template.name or "<unknown source>", number, tags, bool(JINJA_FRAME.match(text)))
+    return Place(template.name or UNKNOWN_SOURCE, number, tags, bool(JINJA_FRAME.match(text)))
 
 
 def _jinja_line(template: Any, number: int) -> str:
@@ -123,11 +130,14 @@ def _steps(places: list[Place]) -> Iterator[Place]:
 
 
 def _caller(frames: list[tuple[FrameType, int]]) -> str:
-    for frame, line in frames:
-        module = str(frame.f_globals.get("__name__"))
-        if not module.startswith(MACHINERY):
-            return f"{module}.{frame.f_code.co_qualname}, line {line}, called for a template's context,"
-    return "A template"
+    outside = [step for step in frames if not _module(step[0]).startswith(MACHINERY)]
+    frame, line = (outside or frames)[0]
+    name = f"{_module(frame)}.{frame.f_code.co_qualname}"
+    return f"{name}, line {line}, called for a template's context,"
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
 
 
 def _annotate(error: TemplateQueryError, place: Place, frames: list[tuple[FrameType, int]]) -> None:
