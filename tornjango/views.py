@@ -18,7 +18,7 @@ from django.http import FileResponse, Http404, HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
 from django.utils.log import log_response
 
-from tornjango import rendering, responses
+from tornjango import responses, shortcuts
 from tornjango.conf import get_config
 from tornjango.exceptions import Overloaded
 from tornjango.responses import DeferredResponse
@@ -252,7 +252,7 @@ class _Call:
         self, template: str | Iterable[str], context: Mapping[str, Any] | None, using: str | None
     ) -> str:
         names = template if isinstance(template, str) else list(template)
-        return await rendering.arender(names, context, self.response.request, using=using)
+        return await shortcuts.arender_to_string(names, context, self.response.request, using=using)
 
     async def open_file(self, path: str | PathLike[str], **options: Any) -> HttpResponseBase:
         try:
