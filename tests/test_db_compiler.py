@@ -62,7 +62,9 @@ def test_a_compiled_union_stays_as_it_was(filled: None) -> None:
 
 
 def test_a_queryset_that_cannot_have_rows_needs_no_sql(database: None) -> None:
-    assert compile(Entry.objects.none()).sql is None
+    compiled = compile(Entry.objects.none())
+    assert compiled.sql is None
+    assert compiled.hydrate([]) == []
     assert compile(Entry.objects.filter(pk__in=[])).sql is None
 
 

@@ -16,18 +16,20 @@ from django.db.utils import (
     DataError,
     IntegrityError,
     InterfaceError,
+    NotSupportedError,
     OperationalError,
     ProgrammingError,
 )
 from django.test import override_settings
 from tornado.ioloop import IOLoop
 
-from tests.app.models import Blog, Entry
+from tests.app.models import Blog, CuriousBlog, Entry
 from tests.database import QUERYSETS, Watcher, differences, fill, opened, outcome, until
 from tests.postgres import Postgres
 from tornjango import db
 from tornjango.db import pools
-from tornjango.db.engines import momoko
+from tornjango.db.engines import momoko, session
+from tornjango.db.engines.base import SLICE
 from tornjango.exceptions import Overloaded
 
 Fetch = Callable[[Any], list[Any]]
@@ -143,6 +145,19 @@ async def test_others_get_their_turn_while_many_rows_become_objects(database: No
     assert len(rows) == len(blogs) == 20000
     assert (blogs[-1].pk, blogs[-1].name) == rows[-1] == (20000, "blog 20000")
     assert turns > 20
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("number", [2, SLICE + 1])
+async def test_a_model_that_queries_while_it_is_made_is_made_in_a_thread(
+    database: None, number: int
+) -> None:
+    async with opened():
+        await db.query("insert into app_blog (name) values ('a')")
+        sql = f"select i as id, 'x' as name from generate_series(1, {number}) i"
+        blogs = await db.fetch(CuriousBlog.objects.raw(sql))
+    assert [blog.pk for blog in blogs] == list(range(1, number + 1))
+    assert {blog.neighbours for blog in blogs} == {1}
 
 
 @pytest.mark.gen_test
@@ -445,6 +460,45 @@ async def test_callers_of_a_frozen_server_get_their_time_out(
         own_postgres.thaw()
         await until(lambda: pools.status()["own"]["in_use"] == 0)
         assert await db.query("select 4", using="own") == [(4,)]
+
+
+@pytest.mark.gen_test
+async def test_connecting_to_a_frozen_server_ends_in_time(
+    own_postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "CONNECT_TIMEOUT", 0.1)
+    own_postgres.freeze()
+    async with opened():
+        with pytest.raises(OperationalError, match=r"'own': The server did not answer in 0.1 s"):
+            await db.query("select 1", using="own")
+
+
+@pytest.mark.gen_test
+async def test_cancelled_while_it_connects_a_query_leaves_a_connection_for_others(
+    own_postgres: Postgres,
+) -> None:
+    own_postgres.freeze()
+    async with opened(POOL_SIZE=1):
+        task = start("select 1", alias="own")
+        await until(lambda: pools.status()["own"]["connecting"])
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert pools.status()["own"]["in_use"] == 0
+        own_postgres.thaw()
+        await until(lambda: pools.status()["own"]["free"] == 1)
+        assert await db.query("select 2", using="own") == [(2,)]
+
+
+@pytest.mark.gen_test
+async def test_a_server_too_old_for_django_is_refused_as_django_does(
+    database: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = type(connections["default"].features)
+    monkeypatch.setattr(features, "minimum_database_version", (99,))
+    async with opened():
+        with pytest.raises(NotSupportedError, match="PostgreSQL 99 or later is required"):
+            await db.query("select 1")
 
 
 @pytest.mark.gen_test

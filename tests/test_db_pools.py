@@ -45,6 +45,17 @@ async def test_pools_open_again_after_they_were_closed(database: None) -> None:
 
 
 @pytest.mark.gen_test
+async def test_the_status_has_the_same_keys_before_and_after_connecting(database: None) -> None:
+    async with opened():
+        before = pools.status()["default"]
+        await pools.get("default").open()
+        after = pools.status()["default"]
+    keys = ["engine", "size", "in_use", "waiting", "free", "connecting", "dead"]
+    assert list(before) == list(after) == keys
+    assert (before["free"], after["free"]) == (0, 1)
+
+
+@pytest.mark.gen_test
 async def test_connecting_eagerly_opens_one_connection_of_each(
     database: None, own_postgres: Any
 ) -> None:

@@ -11,6 +11,19 @@ class Blog(models.Model):
     name = models.CharField(max_length=100)
 
 
+class CuriousBlog(Blog):
+    """Queries for each object that is made."""
+
+    class Meta:
+        proxy = True
+
+    @classmethod
+    def from_db(cls, db: Any, field_names: Any, values: Any, **options: Any) -> Any:
+        made = super().from_db(db, field_names, values, **options)
+        made.neighbours = Blog.objects.using(db).count()
+        return made
+
+
 class Author(models.Model):
     name = models.CharField(max_length=100)
     email = models.EmailField(blank=True)

@@ -6,6 +6,7 @@ which answers with rows that somebody else has fetched.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -20,7 +21,7 @@ Row: TypeAlias = tuple[Any, ...]
 Params: TypeAlias = Sequence[Any] | Mapping[str, Any] | None
 
 
-class Compiled:
+class Compiled(ABC):
     """``sql`` and ``params`` as Django would execute them; ``sql`` is None where no query is needed: no rows match."""
 
     def __init__(self, queryset: Any, sql: str | None, params: Params) -> None:
@@ -28,12 +29,12 @@ class Compiled:
         self.sql = sql
         self.params = params
 
+    @abstractmethod
     def objects(self, rows: Iterable[Row], columns: Sequence[str]) -> Iterator[Any]:
         """What iterating the queryset would give for these rows. ``columns`` matter to raw querysets only.
 
         May be called again, with the same rows or others.
         """
-        raise NotImplementedError
 
     def hydrate(self, rows: Iterable[Row], columns: Sequence[str] = ()) -> list[Any]:
         """All of :meth:`objects`."""

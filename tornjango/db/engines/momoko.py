@@ -41,6 +41,10 @@ from tornjango.db.engines.session import EXTENSION_TYPES, Session
 CANCEL_TIMEOUT = 5.0
 
 
+# What a pool counts before it has connections.
+NOTHING = {"free": 0, "connecting": 0, "dead": 0}
+
+
 class _NoParams(tuple[Any, ...]):
     """Empty parameters that momoko takes for parameters."""
 
@@ -103,7 +107,7 @@ class MomokoEngine(Engine):
             "size": self._gate.size,
             "in_use": self._gate.inside,
             "waiting": self._gate.waiting,
-            **(self._made_pool.counts() if self._made_pool else {}),
+            **(self._made_pool.counts() if self._made_pool else NOTHING),
         }
 
     async def _objects(self, queryset: AnyQuerySet) -> list[Any]:
