@@ -174,6 +174,7 @@ def get(url: str) -> str:
         ("/2010/", "AnonymousUser:"),
         ("/entry/old/", '{"titles": ["Old"]}'),
         ("/both/", '["Old"]'),
+        ("/search/?q=old", '["Old"]'),
     ],
 )
 def test_the_views_answer(site: str, path: str, expected: str) -> None:
