@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 from typing import Any
 
 import pytest
-from django.db import connections
+from django.db import connection, connections, transaction
 from django.db.utils import ConnectionDoesNotExist
 from tornado.ioloop import IOLoop
 
+from tests.app.models import Blog
 from tests.database import opened
 from tornjango import db
 from tornjango.conf import Config
@@ -34,6 +36,33 @@ async def test_opening_twice_is_refused_and_closing_twice_is_harmless(database: 
         assert await db.query("select 1") == [(1,)]
     await pools.close()
     assert not pools.is_open()
+
+
+@pytest.mark.gen_test
+async def test_tasks_of_a_sharing_context_have_one_wrapper_of_djangos(database: None) -> None:
+    async def wrapper() -> Any:
+        return connections["default"]
+
+    async with opened():
+        first, second = await asyncio.gather(wrapper(), wrapper())
+        assert first is not second
+        pools.share()
+        first, second = await asyncio.gather(wrapper(), wrapper())
+        assert first is second
+        await db.fetch(Blog.objects.all())
+        assert first.pg_version >= 150000
+
+
+def test_an_open_transaction_of_the_callers_is_not_seen_by_the_pool(
+    database: None, io_loop: IOLoop
+) -> None:
+    with transaction.atomic():
+        Blog.objects.create(name="not committed")
+        pools.open()
+        assert io_loop.run_sync(lambda: db.fetch(Blog.objects.all())) == []
+        io_loop.run_sync(pools.close)
+        assert connection.in_atomic_block
+        transaction.set_rollback(True)
 
 
 @pytest.mark.gen_test

@@ -18,8 +18,7 @@ _unopened: dict[str, Engine] = {}
 def open(config: Config | None = None) -> None:
     """Marks this process as served by tornjango: from now on, queries run on engines of their own.
 
-    Connections are opened when the first queries need them; ``await connect()`` opens one of each now. Called on the
-    loop's thread, before the tasks that query are made, all of them share one wrapper of Django's for each database.
+    Connections are opened when the first queries need them; ``await connect()`` opens one of each now.
     Raises ConfigurationError for a database that cannot have the engine that the settings say, and RuntimeError when
     the pools are open.
     """
@@ -33,6 +32,15 @@ def open(config: Config | None = None) -> None:
                 f'TORNJANGO["ENGINES"] has {alias!r}, which DATABASES has not.'
             )
     _engines = {alias: _make(alias, config) for alias in connections}
+
+
+def share() -> None:
+    """Spares the tasks that are made from this context the making of wrappers of Django's, one for each and database.
+
+    Django keeps them by context, on an event loop. To be called there, before the server's sockets are added.
+    """
+    for engine in (_engines or {}).values():
+        engine.share()
 
 
 async def connect() -> None:
@@ -83,7 +91,7 @@ def _make(alias: str, config: Config) -> Engine:
 
 def _unfit_for_momoko(alias: str) -> str | None:
     """Why a database cannot be reached by momoko; None if it can."""
-    wrapper: Any = connections[alias]
+    wrapper: Any = connections.create_connection(alias)
     if wrapper.vendor != "postgresql":
         return f"the database is {wrapper.display_name}, not PostgreSQL."
     driver = wrapper.Database.__name__

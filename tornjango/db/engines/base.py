@@ -47,6 +47,9 @@ class Engine(ABC):
     async def close(self) -> None:  # noqa: B027
         """Closes all connections. Statements still running are cancelled. Closing twice is harmless."""
 
+    def share(self) -> None:  # noqa: B027
+        """Makes ``django.db.connections[alias]`` the engine's, in this context: for event loops, in any task."""
+
     @abstractmethod
     async def execute(self, sql: str, params: Params = None) -> Result:
         """Runs one statement, in autocommit. ``params`` of None leaves ``%`` in ``sql`` alone, as in Django."""

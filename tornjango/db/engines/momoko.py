@@ -66,7 +66,8 @@ class MomokoEngine(Engine):
 
     def __init__(self, alias: str, config: Config) -> None:
         super().__init__(alias)
-        self._wrapper: Any = connections[alias]
+        # Its own, for it never has a connection: the caller's may be in the middle of a transaction.
+        self._wrapper: Any = connections.create_connection(alias)
         self._session = Session(self._wrapper)
         self._gate = Gate(
             f"database {alias!r}",
@@ -110,10 +111,13 @@ class MomokoEngine(Engine):
             **(self._made_pool.counts() if self._made_pool else NOTHING),
         }
 
-    async def _objects(self, queryset: AnyQuerySet) -> list[Any]:
-        # Django keeps a wrapper for each context; the pool's own knows the server's version, and has its caches filled.
-        if getattr(connections._connections, self.alias, None) is None:  # type: ignore[attr-defined]
+    def share(self) -> None:
+        if getattr(connections._connections, self.alias, None) is not self._wrapper:  # type: ignore[attr-defined]
             connections[self.alias] = self._wrapper
+
+    async def _objects(self, queryset: AnyQuerySet) -> list[Any]:
+        # It knows the server's version, which compiling may ask for.
+        self.share()
         return await super()._objects(queryset)
 
     # A connection for one caller
