@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -53,3 +53,9 @@ async def reached(event: threading.Event) -> None:
 
     threading.Thread(target=wait).start()
     assert await done
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Lets the loop go round until something holds of which nothing tells."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0)

@@ -29,6 +29,8 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
 def check_app_order(**kwargs: Any) -> list[CheckMessage]:
     """Django takes a command from the app that comes first."""
     labels = [config.name for config in apps.get_app_configs()]
+    if "tornjango" not in labels:  # `tornjango serve` needs no app
+        return []
     for other in ("django.contrib.staticfiles", "daphne"):
         if other in labels and labels.index(other) < labels.index("tornjango"):
             return [

@@ -11,7 +11,7 @@ from pathlib import Path
 from django.core.management import ManagementUtility
 from django.core.management.base import BaseCommand
 
-COMMANDS = {"serve": "serve", "runserver": "runserver", "routes": "routes"}
+COMMANDS = ("serve", "runserver", "routes")
 
 USAGE = """usage: tornjango COMMAND [options]
 
@@ -24,10 +24,16 @@ Run it where manage.py is, or set DJANGO_SETTINGS_MODULE. More: tornjango COMMAN
 class Utility(ManagementUtility):
     """Django's own, which knows where to find ours."""
 
+    def __init__(self, argv: list[str]) -> None:
+        program, self._command, *options = argv
+        # Under this name alone Django keeps the autoreloader going while the project's code cannot be imported.
+        name = (
+            "runserver" if self._command == "serve" and "--help" not in options else self._command
+        )
+        super().__init__([program, name, *options])
+
     def fetch_command(self, subcommand: str) -> BaseCommand:
-        if subcommand not in COMMANDS:
-            return super().fetch_command(subcommand)
-        module = import_module(f"tornjango.management.commands.{COMMANDS[subcommand]}")
+        module = import_module(f"tornjango.management.commands.{self._command}")
         command: BaseCommand = module.Command()
         return command
 

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 from asgiref.sync import sync_to_async
 from django.contrib.staticfiles.handlers import StaticFilesHandlerMixin
 from django.core.handlers.base import BaseHandler
+from django.core.handlers.exception import convert_exception_to_response
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 
@@ -33,4 +34,5 @@ class StaticHandler(DjangoHandler):
     async def get_response(self, request: HttpRequest) -> HttpResponseBase:
         static = self.application.static
         assert static is not None
-        return await sync_to_async(static.get_response)(request)
+        # A path that leads out of an app's folder is answered 400, where runserver would fail.
+        return await sync_to_async(convert_exception_to_response(static.serve))(request)

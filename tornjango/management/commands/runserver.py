@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser
 from datetime import datetime
 from typing import Any
 
@@ -15,7 +14,7 @@ if apps.is_installed("django.contrib.staticfiles"):
 else:
     from django.core.management.commands.runserver import Command as BaseCommand  # type: ignore[assignment]
 
-from tornjango import __version__, reloader
+from tornjango import __version__, checks, reloader  # noqa: F401  checks: where the app is not installed
 from tornjango.application import Application
 from tornjango.server import RunserverAdapter
 
@@ -23,9 +22,6 @@ from tornjango.server import RunserverAdapter
 class Command(BaseCommand):
     help = "Serves this project on Tornado, with static files and autoreload in development."
     server_cls = RunserverAdapter  # type: ignore[assignment]
-
-    def add_arguments(self, parser: ArgumentParser) -> None:
-        super().add_arguments(parser)
 
     def get_handler(self, *args: Any, **options: Any) -> Any:
         reloader.install()
@@ -35,7 +31,9 @@ class Command(BaseCommand):
         )
 
     def on_bind(self, server_port: int) -> None:
-        address = f"[{self.addr}]" if self._raw_ipv6 else self.addr
+        address = "0.0.0.0" if self.addr == "0" else self.addr
+        if self._raw_ipv6:
+            address = f"[{address}]"
         quit_command = "CTRL-BREAK" if sys.platform == "win32" else "CONTROL-C"
         self.stdout.write(
             f"{datetime.now():%B %d, %Y - %X}\n"

@@ -1,0 +1,164 @@
+"""Projects of a few files, for tests that run commands in them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+from urllib.request import urlopen
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = """
+SECRET_KEY = "only for tests"
+DEBUG = {debug}
+ALLOWED_HOSTS = ["127.0.0.1", "localhost", "[::1]"]
+ROOT_URLCONF = "urls"
+INSTALLED_APPS = {apps}
+STATIC_URL = "static/"
+DATABASES = {{"default": {{"ENGINE": "django.db.backends.sqlite3", "NAME": "db.sqlite3"}}}}
+TEMPLATES = [{{"BACKEND": "django.template.backends.django.DjangoTemplates", "DIRS": ["{folder}/templates"]}}]
+TORNJANGO = {options}
+"""
+URLS = """
+import asyncio, time
+from django.http import HttpResponse
+from django.shortcuts import render
+from django.urls import path
+
+async def quick(request):
+    return HttpResponse("quick")
+
+async def parks(request):
+    print("parked", flush=True)
+    await asyncio.sleep(float(request.GET["seconds"]))
+    return HttpResponse("went")
+
+def parks_sync(request):
+    print("parked", flush=True)
+    time.sleep(float(request.GET["seconds"]))
+    return HttpResponse("went")
+
+def page(request):
+    return render(request, "page.html")
+
+urlpatterns = [
+    path("", quick, name="home"), path("parks/", parks), path("parks-sync/", parks_sync), path("page/", page),
+]
+"""
+MANAGE = """
+import os, sys
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "settings")
+from django.core.management import execute_from_command_line
+execute_from_command_line(sys.argv)
+"""
+
+
+class Project:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        debug: bool = True,
+        apps: tuple[str, ...] = ("tornjango", "django.contrib.staticfiles"),
+        options: str = "{}",
+    ) -> None:
+        self.folder = folder
+        templates = folder / "templates"
+        templates.mkdir()
+        (templates / "page.html").write_text("first")
+        text = SETTINGS.format(debug=debug, apps=apps, options=options, folder=folder)
+        self.write("settings.py", text)
+        self.write("urls.py", URLS)
+        self.write("manage.py", MANAGE)
+
+    def write(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text)
+
+    def environment(self) -> dict[str, str]:
+        ours = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        env = {k: v for k, v in os.environ.items() if k != "DJANGO_SETTINGS_MODULE"}
+        return env | ours
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """A command that ends by itself."""
+        return subprocess.run(
+            [sys.executable, *command],
+            cwd=self.folder,
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+
+    @contextmanager
+    def running(self, *command: str) -> Iterator[Process]:
+        process = Process(self, command)
+        try:
+            yield process
+        finally:
+            process.end()
+
+
+class Process:
+    """A server that was started by a command."""
+
+    def __init__(self, project: Project, command: tuple[str, ...]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=project.folder,
+            env=project.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None
+        self.output: IO[str] = self.process.stdout
+        self.lines: list[str] = []
+        self.url = ""
+
+    def wait_for(self, text: str) -> str:
+        """The next line with ``text``. Raises ``AssertionError`` with all lines when the process ends before."""
+        for line in self.output:
+            self.lines.append(line)
+            if text in line:
+                return line
+        raise AssertionError(f"{text!r} did not come:\n{''.join(self.lines)}")
+
+    def wait_until_it_serves(self) -> str:
+        line = self.wait_for("Starting tornjango ")
+        self.url = line.split(" at ")[1].strip().rstrip("/")
+        self.wait_for("Quit the server")
+        return self.url
+
+    def get(self, path: str) -> str:
+        with urlopen(self.url + path, timeout=20) as response:
+            return str(response.read().decode())
+
+    def signal(self, number: int = signal.SIGINT) -> None:
+        """To the whole group, as a terminal does."""
+        os.killpg(self.process.pid, number)
+
+    def wait(self) -> int:
+        """Its exit code; all lines are in ``lines`` then."""
+        self.lines.extend(self.output)
+        return self.process.wait(15)
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.output.close()
+
+
+def touch(path: Path, text: str) -> None:
+    """Changes a file so that its time is a later one, however coarse the file system's clock."""
+    later = path.stat().st_mtime + 2
+    path.write_text(text)
+    os.utime(path, (later, later))

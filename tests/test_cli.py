@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.projects import Project
+from tornjango.cli import main
+
+PYTHON_M = ("-m", "tornjango")
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "command",
+    [(*PYTHON_M, "serve"), ("manage.py", "serve"), ("manage.py", "runserver")],
+)
+def test_a_project_is_served(command: tuple[str, ...], tmp_path: Path) -> None:
+    with Project(tmp_path).running(*command, "127.0.0.1:0", "--noreload") as server:
+        server.wait_until_it_serves()
+        assert server.get("/") == "quick"
+        server.signal()
+        assert server.wait() == 0
+    head = "".join(server.lines)
+    assert "System check identified no issues" in head
+    assert "using settings 'settings'" in head
+
+
+def test_a_project_is_served_that_has_not_installed_tornjango(tmp_path: Path) -> None:
+    project = Project(tmp_path, apps=())
+    with project.running(*PYTHON_M, "serve", "0", "--noreload") as server:
+        server.wait_until_it_serves()
+        assert server.get("/page/") == "first"
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("0", "http://127.0.0.1:"),
+        ("localhost:0", "http://localhost:"),
+        ("[::1]:0", "http://[::1]:"),
+        ("0:0", "http://0.0.0.0:"),
+    ],
+)
+def test_an_address_is_taken_as_runserver_takes_it(
+    address: str, shown: str, tmp_path: Path
+) -> None:
+    with Project(tmp_path).running("manage.py", "runserver", address, "--noreload") as server:
+        assert server.wait_until_it_serves().startswith(shown)
+        assert server.get("/") == "quick"
+
+
+def test_an_address_that_is_none_is_said(tmp_path: Path) -> None:
+    done = Project(tmp_path).run(*PYTHON_M, "serve", "nowhere:here")
+    assert done.returncode == 1
+    assert '"nowhere:here" is not a valid port number or address:port pair.' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("apps", [("tornjango",), ()])
+@pytest.mark.parametrize("command", [(*PYTHON_M, "serve"), (*PYTHON_M, "runserver")])
+def test_a_wrong_setting_is_a_system_check(
+    command: tuple[str, ...], apps: tuple[str, ...], tmp_path: Path
+) -> None:
+    done = Project(tmp_path, apps=apps, options='{"THREADS": 0}').run(*command, "0", "--noreload")
+    assert done.returncode == 1
+    assert "(tornjango.E001) TORNJANGO['THREADS'] must be a positive whole number" in done.stderr
+    assert "HINT:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_static_files_are_served_in_development(tmp_path: Path) -> None:
+    with Project(tmp_path).running("manage.py", "runserver", "0", "--noreload") as server:
+        server.wait_until_it_serves()
+        assert "class Comet" in server.get("/static/tornjango/comet.js")
+
+
+@pytest.mark.parametrize(("debug", "option"), [(True, "--nostatic"), (False, "--noreload")])
+def test_static_files_can_be_left_to_others(debug: bool, option: str, tmp_path: Path) -> None:
+    project = Project(tmp_path, debug=debug)
+    with project.running("manage.py", "runserver", "0", "--noreload", option) as server:
+        server.wait_until_it_serves()
+        with pytest.raises(OSError, match="404") as refused:
+            server.get("/static/tornjango/comet.js")
+        refused.value.close()  # type: ignore[attr-defined]
+
+
+def test_runserver_works_where_staticfiles_is_not_installed(tmp_path: Path) -> None:
+    project = Project(tmp_path, apps=("tornjango",))
+    with project.running("manage.py", "runserver", "0", "--noreload") as server:
+        server.wait_until_it_serves()
+        assert server.get("/") == "quick"
+
+
+def test_routes_lists_pattern_name_view_and_kind(tmp_path: Path) -> None:
+    done = Project(tmp_path).run(*PYTHON_M, "routes", "quick")
+    assert done.returncode == 0
+    heading, line = done.stdout.splitlines()
+    assert heading.split() == ["Pattern", "Name", "View", "Kind"]
+    assert line.split() == ["/", "home", "urls.quick", "async"]
+
+
+def test_without_a_project_there_is_one_clear_sentence(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    (tmp_path / "manage.py").unlink()
+    done = project.run(*PYTHON_M, "serve")
+    assert done.returncode == 2
+    assert done.stderr.startswith("tornjango: no settings found. Run it in the folder of a manage")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "stream", "text"),
+    [
+        ([], 2, "out", "usage: tornjango COMMAND"),
+        (["--help"], 0, "out", "usage: tornjango COMMAND"),
+        (["migrate"], 2, "err", "there is no command 'migrate'"),
+    ],
+)
+def test_what_is_no_command_shows_the_commands(
+    arguments: list[str], code: int, stream: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["tornjango", *arguments])
+    assert left.value.code == code
+    assert text in getattr(capsys.readouterr(), stream)
+
+
+def test_a_startproject_is_served_with_its_admin(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    for name in ("manage.py", "settings.py", "urls.py"):
+        (tmp_path / name).unlink()
+    made = project.run("-m", "django", "startproject", "mysite", ".")
+    assert made.returncode == 0, made.stderr
+    settings = tmp_path / "mysite" / "settings.py"
+    text = settings.read_text()
+    settings.write_text(text.replace("INSTALLED_APPS = [", "INSTALLED_APPS = [\n    'tornjango',"))
+    assert project.run("manage.py", "migrate").returncode == 0
+    with project.running("manage.py", "runserver", "0", "--noreload") as server:
+        server.wait_until_it_serves()
+        assert "The install worked successfully" in server.get("/")
+        assert "Django administration" in server.get("/admin/")
+        assert "DJANGO Admin styles" in server.get("/static/admin/css/base.css")
+        server.signal()
+        assert server.wait() == 0
