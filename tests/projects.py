@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,6 +123,9 @@ class Process:
         self.output: IO[str] = self.process.stdout
         self.lines: list[str] = []
         self.url = ""
+        # Nothing of this takes as long: a line that does not come ends the test, and not the suite's patience.
+        self.watchdog = threading.Timer(30, self.signal, (signal.SIGKILL,))
+        self.watchdog.start()
 
     def wait_for(self, text: str) -> str:
         """The next line with ``text``. Raises ``AssertionError`` with all lines when the process ends before."""
@@ -137,6 +141,19 @@ class Process:
         self.wait_for("Quit the server")
         return self.url
 
+    def change(self, path: Path, text: str) -> None:
+        """Returns when the reloader has noticed; a change before its first look needs another one."""
+        path.write_text(text)
+        touch(path)
+        noticed = threading.Event()
+        again = threading.Thread(target=_touch_until, args=(noticed, path))
+        again.start()
+        try:
+            self.wait_for(f"{path.name} changed, reloading.")
+        finally:
+            noticed.set()
+            again.join()
+
     def get(self, path: str) -> str:
         with urlopen(self.url + path, timeout=20) as response:
             return str(response.read().decode())
@@ -151,14 +168,19 @@ class Process:
         return self.process.wait(15)
 
     def end(self) -> None:
+        self.watchdog.cancel()
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.output.close()
 
 
-def touch(path: Path, text: str) -> None:
-    """Changes a file so that its time is a later one, however coarse the file system's clock."""
+def _touch_until(noticed: threading.Event, path: Path) -> None:
+    while not noticed.wait(2):  # the reloader looks once a second
+        touch(path)
+
+
+def touch(path: Path) -> None:
+    """Makes a file's time a later one, however coarse the file system's clock."""
     later = path.stat().st_mtime + 2
-    path.write_text(text)
     os.utime(path, (later, later))
