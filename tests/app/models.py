@@ -19,7 +19,7 @@ class CuriousBlog(Blog):
 
     @classmethod
     def from_db(cls, db: Any, field_names: Any, values: Any, **options: Any) -> Any:
-        made = super().from_db(db, field_names, values, **options)
+        made: Any = super().from_db(db, field_names, values, **options)
         made.neighbours = Blog.objects.using(db).count()
         return made
 
