@@ -255,7 +255,7 @@ class DjangoHandler(RequestHandler):
         self._log_access(response)
 
     async def get_response(self, request: HttpRequest) -> HttpResponseBase:
-        return cast(HttpResponseBase, await self.application.chain.get_response_async(request))
+        return await self.application.chain.get_response_async(request)
 
     def _end_early(self, exc: BaseException) -> None:
         """The client left, or the server stops; or else something below has raised what only these may."""
@@ -352,7 +352,8 @@ class DjangoHandler(RequestHandler):
     async def _flushed(self, written: asyncio.Future[None]) -> None:
         # Tornado forgets the future of a write whose connection closes: it would be waited for without end.
         if not written.done():
-            await asyncio.wait({written, self._cut}, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {written, self._cut}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if self._cut.done():
                 raise StreamClosedError
         await written

@@ -151,7 +151,7 @@ class TornadoRequest(HttpRequest):
         self.resolver_match = None
         self.body_size = body.size
         self._body_file = body
-        self._stream = body.open()
+        self._stream: Any = body.open()
         self._read_started = False
         self._post_parse_error = False
         self.META = self._meta()
@@ -187,7 +187,7 @@ class TornadoRequest(HttpRequest):
         return meta
 
     @cached_property
-    def headers(self) -> HttpHeaders:  # type: ignore[override]
+    def headers(self) -> HttpHeaders:
         return HttpHeaders(self.META)
 
     @cached_property
@@ -202,7 +202,7 @@ class TornadoRequest(HttpRequest):
         return parse_cookie(cookie.encode("latin-1").decode(errors="replace"))
 
     @property
-    def POST(self) -> QueryDict:  # type: ignore[override]
+    def POST(self) -> Any:
         if not hasattr(self, "_post"):
             self._load_post_and_files()
         return self._post
@@ -215,7 +215,7 @@ class TornadoRequest(HttpRequest):
     def FILES(self) -> Any:  # type: ignore[override]
         if not hasattr(self, "_files"):
             self._load_post_and_files()
-        return self._files
+        return self.__dict__["_files"]
 
     def _get_scheme(self) -> str:
         return self.tornado_request.protocol

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from urllib.parse import urlsplit
 
 from asgiref.sync import sync_to_async
@@ -15,7 +16,7 @@ from tornjango.handlers import DjangoHandler
 from tornjango.requests import path_info
 
 
-class StaticFiles(StaticFilesHandlerMixin, BaseHandler):
+class StaticFiles(StaticFilesHandlerMixin, BaseHandler):  # type: ignore[misc]
     """Raises ``ImproperlyConfigured`` where ``STATIC_URL`` is not set."""
 
     def __init__(self) -> None:
@@ -35,4 +36,6 @@ class StaticHandler(DjangoHandler):
         static = self.application.static
         assert static is not None
         # A path that leads out of an app's folder is answered 400, where runserver would fail.
-        return await sync_to_async(convert_exception_to_response(static.serve))(request)
+        serve: Any = convert_exception_to_response(static.serve)
+        response: HttpResponseBase = await sync_to_async(serve)(request)
+        return response

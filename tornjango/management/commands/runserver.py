@@ -22,6 +22,8 @@ from tornjango.server import RunserverAdapter
 class Command(BaseCommand):
     help = "Serves this project on Tornado, with static files and autoreload in development."
     server_cls = RunserverAdapter  # type: ignore[assignment]
+    addr: str
+    _raw_ipv6: bool
 
     def get_handler(self, *args: Any, **options: Any) -> Any:
         reloader.install()
