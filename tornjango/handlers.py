@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 from asgiref.sync import sync_to_async
@@ -239,7 +240,8 @@ class DjangoHandler(RequestHandler):
         self.application.workers.enter()
         request = TornadoRequest(self.request, self._body)
         request.route_match = self._match
-        set_script_prefix(f"{request.script_name}/")
+        if request.script_name:  # without it, the prefix is "/" already
+            set_script_prefix(f"{request.script_name}/")
         try:
             await _send_signal(signals.request_started, type(self), environ=request.META)
             response = await self.get_response(request)
@@ -290,8 +292,8 @@ class DjangoHandler(RequestHandler):
         content = b"" if response.streaming else cast(HttpResponse, response).content
         if status == 204:
             headers.pop("Content-Length", None)  # RFC 9110, 8.6
-        elif status != 304 and not response.streaming:
-            headers.setdefault("Content-Length", str(len(content)))
+        elif status != 304 and not response.streaming and "Content-Length" not in headers:
+            headers["Content-Length"] = str(len(content))
         if self._is_last(headers):
             headers["Connection"] = "close"
             connection._disconnect_on_finish = True
@@ -400,9 +402,16 @@ def _wire_headers(response: HttpResponseBase) -> HTTPHeaders:
     for cookie in response.cookies.values():
         # Without the space that output() begins with, and Tornado refuses.
         headers.add("Set-Cookie", cookie.output(header="").strip())
-    headers.setdefault("Date", format_timestamp(time.time()))
-    headers.setdefault("Server", "tornjango")
+    if "Date" not in headers:
+        headers["Date"] = _date(int(time.time()))
+    if "Server" not in headers:
+        headers["Server"] = "tornjango"
     return headers
+
+
+@lru_cache(1)
+def _date(second: int) -> str:
+    return format_timestamp(second)
 
 
 async def _send_signal(signal: Signal, sender: type, **kwargs: Any) -> None:
