@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import threading
@@ -13,6 +14,7 @@ import pytest
 from tests import views
 from tests.projects import Process, Project
 from tests.serving import serving, until
+from tornjango import comet
 
 SERVE = ("-m", "tornjango", "serve", "127.0.0.1:0", "--noreload")
 GET = b" HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -168,3 +170,15 @@ async def test_a_stop_may_come_from_any_thread() -> None:
         thread.start()
         await site._task
         thread.join()
+
+
+@pytest.mark.gen_test
+async def test_a_parked_poll_is_answered_with_its_cursor_when_the_server_stops() -> None:
+    async with serving(ROOT_URLCONF="tests.comet_urls") as site, await site.connect() as client:
+        cursor = comet.cursor("open:a")
+        await client.send(f"GET /comet/poll/?channel=open:a&cursor={cursor}".encode() + GET)
+        await until(lambda: comet.status()["parked"])
+        site.server.stop()
+        answer = json.loads((await client.response()).body)
+        assert (answer["messages"], answer["cursor"]) == ([], cursor)
+        assert answer["retry"] >= 0
