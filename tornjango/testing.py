@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Self
 
 from tornado.netutil import bind_sockets
 
@@ -42,7 +43,7 @@ class LiveServer:
         self.port = sockets[0].getsockname()[1]
         self.server = Server(self.application, sockets)
 
-    async def __aenter__(self) -> LiveServer:
+    async def __aenter__(self) -> Self:
         self._bind()
         self._task = asyncio.create_task(self.server.serve())
         return self
@@ -53,7 +54,7 @@ class LiveServer:
         self.server.stop()
         await self._task
 
-    def __enter__(self) -> LiveServer:
+    def __enter__(self) -> Self:
         """Raises what making the application raised."""
         self._thread = threading.Thread(target=self._run, name="tornjango-live-server")
         self._thread.start()
