@@ -8,6 +8,18 @@ from tests.projects import Project
 from tornjango.cli import main
 
 PYTHON_M = ("-m", "tornjango")
+CHANNELS = """
+from tornjango import comet
+
+@comet.channel("live:<int:pk>")
+async def can_read(request, pk):
+    return True
+"""
+INCLUDES_COMET = """
+from django.urls import include, path
+
+urlpatterns = [path("comet/", include("tornjango.comet.urls"))]
+"""
 pytestmark = pytest.mark.slow
 
 
@@ -31,6 +43,17 @@ def test_a_project_is_served_that_has_not_installed_tornjango(tmp_path: Path) ->
     with project.running(*PYTHON_M, "serve", "0", "--noreload") as server:
         server.wait_until_it_serves()
         assert server.get("/page/") == "first"
+
+
+def test_channels_are_found_where_tornjango_is_not_installed(tmp_path: Path) -> None:
+    project = Project(tmp_path, apps=("live",))
+    (tmp_path / "live").mkdir()
+    project.write("live/__init__.py", "")
+    project.write("live/channels.py", CHANNELS)
+    project.write("urls.py", INCLUDES_COMET)
+    with project.running(*PYTHON_M, "serve", "0", "--noreload") as server:
+        server.wait_until_it_serves()
+        assert '"cursor"' in server.get("/comet/poll/?channel=live:1")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from tornado.httputil import HTTPHeaders, HTTPInputError, RequestStartLine
 
 from tests import views
 from tests.serving import serving
-from tornjango.requests import Body, ServerRequest, path_info
+from tornjango.bodies import Body
+from tornjango.requests import ServerRequest, path_info
 
 BOUNDARY = "frontier"
 MIB = 1024 * 1024

@@ -9,14 +9,16 @@ from typing import Any
 import django
 from django.apps import apps
 from django.urls import NoReverseMatch, reverse
+from django.utils.module_loading import autodiscover_modules
 from tornado.httputil import HTTPHeaders, HTTPInputError, HTTPMessageDelegate, HTTPServerRequest
 from tornado.routing import AnyMatches, Router, Rule
 from tornado.web import Application as TornadoApplication
 
 from tornjango import templates
+from tornjango.bodies import BodyReceiver, refuse_on
 from tornjango.conf import get_config
 from tornjango.db import pools
-from tornjango.handlers import BodyReceiver, DjangoHandler, refuse_on
+from tornjango.handlers import DjangoHandler
 from tornjango.middleware import Chain
 from tornjango.requests import ServerRequest, path_info, script_name
 from tornjango.routing import Route, Routes, is_handler
@@ -63,6 +65,7 @@ class Application(TornadoApplication):
         self.problems = templates.registry.fill()
         for problem in self.problems:
             logger.error("Template problem: %s", problem)
+        autodiscover_modules("channels")  # where the app is installed, it has done so
         pools.open()
         self.wildcard_router.add_rules([Rule(AnyMatches(), DjangoRouter(self))])
 

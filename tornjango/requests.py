@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-import tempfile
 import time
 from functools import lru_cache
-from io import BytesIO
-from typing import IO, Any
+from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from django.conf import settings
@@ -25,6 +23,8 @@ from tornado.httputil import (
     split_host_and_port,
 )
 from tornado.web import HTTPError
+
+from tornjango.bodies import Body
 
 # RFC 3986, 3.2.2 and 3.2.3; Django looks again, at the hosts it allows.
 _HOST = re.compile(r"(\[[0-9A-Za-z:.%_~-]*\]|[0-9A-Za-z._~!$&'()*+;=%-]*)(:[0-9]{0,5})?")
@@ -94,40 +94,6 @@ def _checked_host(headers: HTTPHeaders, version: str) -> str:
     if not _HOST.fullmatch(hosts[0]):
         raise HTTPInputError(f"Invalid Host header: {hosts[0]!r}")
     return hosts[0]
-
-
-class Body:
-    """A request's body as it arrives: in memory, and past Django's limit for uploads in a temporary file."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self._file: IO[bytes] | None = None
-
-    @property
-    def on_disk(self) -> bool:
-        """Whether the next ``write`` goes to the disk, and is better done in a worker thread."""
-        return self.size > settings.FILE_UPLOAD_MAX_MEMORY_SIZE
-
-    def write(self, chunk: bytes) -> None:
-        if self._file is None:
-            self._file = tempfile.SpooledTemporaryFile(  # noqa: SIM115  close() does
-                max_size=settings.FILE_UPLOAD_MAX_MEMORY_SIZE or 1,  # of 0 it would make "no limit"
-                mode="w+b",
-                dir=settings.FILE_UPLOAD_TEMP_DIR,
-            )
-        self._file.write(chunk)
-
-    def open(self) -> IO[bytes]:
-        """The whole body, from its start."""
-        if self._file is None:
-            return BytesIO()
-        self._file.seek(0)
-        return self._file
-
-    def close(self) -> None:
-        """Gives back the memory, or removes the file; a second time does nothing."""
-        if self._file is not None:
-            self._file.close()
 
 
 class TornadoRequest(HttpRequest):
