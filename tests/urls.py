@@ -24,6 +24,7 @@ urlpatterns = [
     path("group/<response>/", views.group_named_response),
     path("mixed/<int:pk>/", csrf_exempt(views.Mixed.as_view())),
     path("marked-methods/", csrf_exempt(views.Marked.as_view())),
+    path("own-head/", views.OwnHead.as_view()),
     path("turned-away/", views.turned_away),
     path("dressed/", views.dressed),
     path("rendered/", views.rendered),

@@ -78,6 +78,14 @@ class Mixed(View):
         return JsonResponse({"kind": "sync", "thread": where(), "pk": pk})
 
 
+class OwnHead(View):
+    def get(self, request: HttpRequest, response: DeferredResponse) -> None:
+        response.finish("got")
+
+    def head(self, request: HttpRequest) -> HttpResponse:
+        return HttpResponse(headers={"X-Head": where()})
+
+
 class Marked(View):
     @deferred
     def get(self, request: HttpRequest, response: DeferredResponse) -> None:

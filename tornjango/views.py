@@ -82,8 +82,11 @@ def methods_of(view: View) -> dict[str, View]:
 def adapt(view: View, groups: Collection[str] = ()) -> AsyncView:
     """What is awaited to call ``view``. Work for the start of the server: a request only calls the result."""
     call: AsyncView = view if iscoroutinefunction(view) else sync_to_async(view)
-    deferring = {name for name, fn in methods_of(view).items() if _takes_response(fn, groups)}
+    methods = methods_of(view)
+    deferring = {name for name, method in methods.items() if _takes_response(method, groups)}
     if deferring:
+        if "GET" in deferring and "HEAD" not in methods:  # View.setup() has get() answer it
+            deferring.add("HEAD")
         call = _by_method(deferred(view), call, deferring)
     elif _takes_response(view, groups):
         call = deferred(view)
@@ -94,9 +97,7 @@ def _by_method(with_response: AsyncView, without: AsyncView, deferring: set[str]
     """A class-based view some of whose methods are deferred: ``as_view()`` hands the response through to them."""
 
     async def call(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
-        # View.setup() has HEAD answered by get() where there is no head().
-        method = "GET" if request.method == "HEAD" and "HEAD" not in deferring else request.method
-        chosen = with_response if method in deferring else without
+        chosen = with_response if request.method in deferring else without
         return await chosen(request, *args, **kwargs)
 
     return call
