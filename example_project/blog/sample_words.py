@@ -93,6 +93,15 @@ CLOSINGS = [
     "I do not have a conclusion. I have {a}, and for today that will do.",
     "Corrections are welcome, from {place} above all.",
 ]
+ASIDES = [
+    "That is all I know about {topic}.",
+    "I did not set out to write about {topic}.",
+    "There will be more about {topic}; there always is.",
+    "Letters about {topic} are answered, slowly.",
+    "It was to be about something else, and became one about {topic}.",
+    "Nobody asked me about {topic}, which is why I write here.",
+]
+
 PLACES = [
     "Aberdeen",
     "Antwerp",

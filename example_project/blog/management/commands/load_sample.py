@@ -101,11 +101,15 @@ class Writer:
             slug=slugify(title),
             pubdate=pubdate,
             summary=self.random.choice(sample.SUMMARIES).format(**words),
-            body=self.body(tags, words),
+            body=f"{self.body(tags, words)} {self.aside(title, tags[0])}",
             author=self.random.choice(self.authors),
         )
         comments = list(self.comments(entry, words))
         return Draft(entry, tags, [comment for comment in comments if comment.created < until])
+
+    def aside(self, title: str, tag: Tag) -> str:
+        """Names the topic, so that a search for it finds the entry."""
+        return sample.ASIDES[len(title) % len(sample.ASIDES)].format(topic=tag.name.lower())
 
     def title(self, tag: Tag) -> tuple[str, dict[str, str]]:
         """A title that no other entry has, and the words it was made with."""
