@@ -26,7 +26,7 @@ from tornjango.responses import DeferredResponse
 logger = logging.getLogger("tornjango.views")
 
 View = Callable[..., Any]
-AsyncView = Callable[..., Awaitable[HttpResponseBase]]
+AsyncView = Callable[..., Coroutine[Any, Any, HttpResponseBase]]
 
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
