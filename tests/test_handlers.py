@@ -364,6 +364,28 @@ def signals_seen() -> Iterator[list[str]]:
     request_finished.disconnect(finished)
 
 
+@pytest.mark.parametrize("cut", [DjangoHandler.on_connection_close, DjangoHandler.stop])
+@pytest.mark.gen_test
+async def test_closing_a_response_is_not_cut_short(cut: Any) -> None:
+    names: list[str] = []
+
+    def finished(**kwargs: Any) -> None:
+        names.append("finished")
+
+    request_finished.connect(finished)
+    try:
+        async with serving(TORNJANGO={"THREADS": 1}) as site:
+            site.application.workers.pool.submit(http_views.thread_gates["go"].wait, 10)
+            assert (await site.request("/status/200/")).status == 200
+            (handler,) = site.application.in_flight  # it wants the busy thread, for the receiver
+            cut(handler)
+            http_views.thread_gates["go"].set()
+            await asyncio.wait({handler.task})
+            assert names == ["finished"]
+    finally:
+        request_finished.disconnect(finished)
+
+
 @pytest.mark.parametrize(
     "path",
     ["/status/200/", "/sync/", "/streams-sync/", "/not-there/", "/watched-file/?length=10"],

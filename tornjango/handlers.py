@@ -63,7 +63,7 @@ class DjangoHandler(RequestHandler):
         # Not Tornado's, which prepares for what Django does here, and ties knots that its own finish() undoes.
         self.application = application
         self.request = request
-        self._begun = self._finished = False
+        self._begun = self._finished = self._closing = False
         self._sent = 0
 
     def start(self, body: Body, match: ResolverMatch | None) -> None:
@@ -93,7 +93,12 @@ class DjangoHandler(RequestHandler):
         if not self._cut.done():
             self._cut.set_result(why)
             # Not before its first step: a task that is cancelled then does not run at all.
-            asyncio.get_running_loop().call_soon(self.task.cancel)
+            asyncio.get_running_loop().call_soon(self._cancel)
+
+    def _cancel(self) -> None:
+        """What remains when everything is being closed is short, and has to be done."""
+        if not self._closing:
+            self.task.cancel()
 
     # Its life
 
@@ -121,6 +126,7 @@ class DjangoHandler(RequestHandler):
             await _send_signal(signals.request_started, type(self), environ=request.META)
             response = await self.get_response(request)
         except BaseException:
+            self._closing = True
             request.close()
             await _send_signal(signals.request_finished, type(self))
             raise
@@ -128,6 +134,7 @@ class DjangoHandler(RequestHandler):
         try:
             await self._send(response)
         finally:
+            self._closing = True
             await self._close(response)
         self._log_access(response)
 
