@@ -23,7 +23,7 @@ from tornjango.middleware import Chain
 from tornjango.requests import ServerRequest, path_info, script_name
 from tornjango.routing import Route, Routes, is_handler
 from tornjango.staticfiles import StaticFiles, StaticHandler
-from tornjango.views import Kind, adapt, kind_of, view_name
+from tornjango.views import adapt, view_name
 from tornjango.workers import Workers
 
 logger = logging.getLogger("tornjango.application")
@@ -95,10 +95,8 @@ class Application(TornadoApplication):
 
 def _handler_class(route: Route) -> type[DjangoHandler]:
     name = view_name(route.callback)
-    kind: Kind = kind_of(route.callback, route.groups)
     attributes = {
         "view_name": name,
-        "kind": kind,
         "__doc__": f"Answers {route.pattern} with {name}.",
     }
     return type(f"{name.rpartition('.')[2]}_handler", (DjangoHandler,), attributes)

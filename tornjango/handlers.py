@@ -52,7 +52,7 @@ class Cut(enum.Enum):
 class DjangoHandler(RequestHandler):
     """Answers one request with what Django's middleware and the project's view answer.
 
-    ``application.routes`` has one subclass for each view. The view's task is cancelled when its client leaves.
+    ``application.handler_classes`` has a subclass for each view. The view's task is cancelled when its client leaves.
     """
 
     application: Application
