@@ -1,30 +1,93 @@
 from __future__ import annotations
 
-import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from itertools import islice
-from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, ClassVar, NamedTuple
 
-from asgiref.sync import sync_to_async
-from django.core.exceptions import SynchronousOnlyOperation
-from django.db.models import prefetch_related_objects
+from django.db import connections
 
-from tornjango.db.compiler import AnyQuerySet, Compiled, Params, Row, compile
+from tornjango.db.compiler import Params, Row
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-# Rows made into objects before other tasks get their turn: a few milliseconds.
-SLICE = 1000
+#: How long a cancelled statement may take to end, in seconds, before its connection is given up.
+CANCEL_TIMEOUT = 5.0
 
 
 class Result(NamedTuple):
-    """What a statement gave; ``rows`` and ``columns`` are empty for one that returns no rows."""
+    """What a statement gave."""
 
+    #: Empty for a statement that returns no rows.
     rows: list[Row]
-    columns: list[str]
+    #: As in DB-API: a sequence for each column, beginning with its name; None for a statement that returns no rows.
+    description: Sequence[Any] | None
+    #: How many rows the statement returned or changed; -1 where there is no such number.
     rowcount: int
+    #: The statement as it went to the server, where the driver tells; for logs.
+    sent: bytes | None = None
+    #: As in DB-API's cursor, where the driver has it.
+    lastrowid: Any = None
+
+    @property
+    def columns(self) -> list[str]:
+        return [column[0] for column in self.description or ()]
+
+
+class Stream(ABC):
+    """The rows of a query, fetched from the server as they are asked for."""
+
+    description: Sequence[Any]
+
+    @abstractmethod
+    async def fetch(self, size: int) -> list[Row]:
+        """The next rows, at most ``size``; none when there are no more. Cancelled, the stream is of no more use."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Ends the query on the server; closing twice is harmless."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """``close`` for who cannot wait (a generator that is collected): it is done in the background."""
+
+
+class Lease(ABC):
+    """A connection of an engine that has one owner, and one transaction on it, begun already.
+
+    It ends by ``commit``, ``rollback`` or ``abandon``, which give the connection back; then it is of no more use, and
+    ending it again is harmless. One statement at a time: the owner sees to that.
+    """
+
+    @abstractmethod
+    async def execute(self, sql: str, params: Params = None) -> Result:
+        """Runs one statement in the transaction. Errors as of `Engine.execute`.
+
+        Cancelled, the statement is cancelled on the server, and the lease remains good for what its owner still does
+        to it: the next call waits until the statement has ended. When that takes more than CANCEL_TIMEOUT, or the
+        connection is lost, so is the transaction; every later ``execute`` and ``commit`` raises OperationalError.
+        """
+
+    @abstractmethod
+    async def stream(self, sql: str, params: Params = None) -> Stream:
+        """The rows of a query in the transaction, by a server-side cursor; other statements may come between."""
+
+    @abstractmethod
+    async def commit(self) -> None:
+        """Commits. Raises OperationalError when the connection is lost: whether it was committed is then unknown.
+
+        Cancelled, it is carried to its end all the same, within CANCEL_TIMEOUT.
+        """
+
+    @abstractmethod
+    async def rollback(self) -> None:
+        """Rolls back. Where the connection is lost, so is the transaction, and nothing is raised."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """``rollback`` for who cannot wait: it is done in the background."""
+
+    @abstractmethod
+    async def mogrify(self, sql: str, params: Params) -> bytes:
+        """``sql`` with ``params`` in it, quoted by the driver as for this connection."""
 
 
 class Engine(ABC):
@@ -32,14 +95,16 @@ class Engine(ABC):
 
     Whatever the engine: values come back as Django's own connection types them; errors are those of
     ``django.db.utils``, with the driver's as ``__cause__``; waiting for a connection is bounded, past which
-    ``Overloaded`` is raised; a statement is sent once, whatever happens; a statement that is cancelled does not cost
-    the engine a connection.
+    ``Overloaded`` is raised; a statement is sent once, whatever happens; a statement that is cancelled is cancelled on
+    the server, and does not cost the engine a connection.
     """
 
     name: ClassVar[str]
 
     def __init__(self, alias: str) -> None:
         self.alias = alias
+        #: A wrapper of Django's that never has a connection: for its settings and its operations.
+        self.wrapper: Any = connections.create_connection(alias)
 
     async def open(self) -> None:  # noqa: B027
         """Makes sure that the database answers, or raises what keeps it from it. Not needed before a query."""
@@ -47,60 +112,35 @@ class Engine(ABC):
     async def close(self) -> None:  # noqa: B027
         """Closes all connections. Statements still running are cancelled. Closing twice is harmless."""
 
-    def share(self) -> None:  # noqa: B027
-        """Makes ``django.db.connections[alias]`` the engine's, in this context: for event loops, in any task."""
-
     @abstractmethod
     async def execute(self, sql: str, params: Params = None) -> Result:
-        """Runs one statement, in autocommit. ``params`` of None leaves ``%`` in ``sql`` alone, as in Django."""
+        """Runs one statement, in autocommit. ``params`` of None leaves ``%`` in ``sql`` alone, as in Django.
+
+        Raises TransactionManagementError for a statement that leaves a transaction open, which is rolled back.
+        """
+
+    @abstractmethod
+    async def begin(self) -> Lease:
+        """A transaction, with the isolation level that ``OPTIONS["isolation_level"]`` says, if it does."""
+
+    @asynccontextmanager
+    async def leased(self) -> AsyncIterator[Lease]:
+        """A transaction that is rolled back at the end, unless it is committed before."""
+        lease = await self.begin()
+        try:
+            yield lease
+        finally:
+            await lease.rollback()
+
+    @abstractmethod
+    async def stream(self, sql: str, params: Params = None) -> Stream:
+        """The rows of a query, in a transaction of its own, which holds a connection until the stream is closed."""
+
+    async def mogrify(self, sql: str, params: Params) -> bytes:
+        """``sql`` with ``params`` in it, quoted by the driver."""
+        async with self.leased() as lease:
+            return await lease.mogrify(sql, params)
 
     @abstractmethod
     def status(self) -> dict[str, Any]:
         """Numbers for people to read; at least ``engine``."""
-
-    async def fetch(self, queryset: AnyQuerySet) -> list[Any]:
-        """What ``list(queryset)`` would give. The queryset itself is left as it was."""
-        state: Any = queryset
-        if state._result_cache is None:
-            objects = await self._objects(queryset)
-        else:
-            objects = list(state._result_cache)
-        lookups = state._prefetch_related_lookups
-        if lookups and objects and not state._prefetch_done:
-            await sync_to_async(prefetch_related_objects)(objects, *lookups)
-        return objects
-
-    async def _objects(self, queryset: AnyQuerySet) -> list[Any]:
-        compiled = await here_or_in_thread(compile, queryset, self.alias)
-        if compiled.sql is None:
-            return []
-        return await _hydrate(compiled, await self.execute(compiled.sql, compiled.params))
-
-
-async def _hydrate(compiled: Compiled, result: Result) -> list[Any]:
-    if len(result.rows) <= SLICE:
-        return await here_or_in_thread(compiled.hydrate, result.rows, result.columns)
-    try:
-        return await _in_slices(compiled.objects(result.rows, result.columns))
-    except SynchronousOnlyOperation:
-        return await sync_to_async(compiled.hydrate)(result.rows, result.columns)
-
-
-async def _in_slices(objects: Iterator[Any]) -> list[Any]:
-    made: list[Any] = []
-    while piece := list(islice(objects, SLICE)):
-        made += piece
-        await asyncio.sleep(0)
-    return made
-
-
-async def here_or_in_thread(fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """``fn(...)``; again in a worker thread, if it turns out to want Django's own connection.
-
-    Compiling hardly ever does, nor does making objects: a lookup that has the driver quote for it, a model whose
-    ``from_db`` queries.
-    """
-    try:
-        return fn(*args, **kwargs)
-    except SynchronousOnlyOperation:
-        return await sync_to_async(fn)(*args, **kwargs)

@@ -1,0 +1,477 @@
+"""Django's database connection over an engine, for green code.
+
+A wrapper of Django's has everything that Django does with a connection: atomic blocks, savepoints, hooks on commit,
+execute_wrappers, the log of queries. Here it is subclassed, whatever backend it is of, and given a connection whose
+cursor sends statements to the engine: in autocommit each to any connection of the pool, in a transaction all to one.
+
+Each scope of green code (``tornjango.green``) has wrappers of its own; ``django.db.connections`` finds them there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import cache
+from typing import Any, NoReturn, Self
+
+from asgiref.sync import iscoroutinefunction
+from django.db import connections
+from django.db.backends.utils import debug_transaction
+from django.db.transaction import TransactionManagementError
+from django.db.utils import InterfaceError, NotSupportedError, ProgrammingError
+
+from tornjango import green
+from tornjango.db.compiler import Params, Row
+from tornjango.db.engines.base import Engine, Lease, Result, Stream
+
+logger = logging.getLogger("tornjango.db")
+
+#: Wrappers kept for the next green call, for each database.
+KEPT = 32
+
+NO_RESULT = Result([], None, -1)
+
+
+class PoolConnection:
+    """Stands where a wrapper of Django's has the driver's connection. What waits is for green code, save `execute`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.autocommit = True
+        self.closed = False
+        self.lease: Lease | None = None
+
+    async def execute(self, sql: str, params: Params = None) -> Result:
+        """As an engine's: in the transaction, unless in autocommit."""
+        if self.closed:
+            raise InterfaceError("connection already closed")
+        if self.autocommit:
+            return await self.engine.execute(sql, params)
+        return await (self.lease or await self._begin()).execute(sql, params)
+
+    async def stream(self, sql: str, params: Params = None) -> Stream:
+        if self.autocommit:
+            return await self.engine.stream(sql, params)
+        return await (self.lease or await self._begin()).stream(sql, params)
+
+    async def mogrify(self, sql: str, params: Params) -> bytes:
+        return await (self.lease or self.engine).mogrify(sql, params)
+
+    def cursor(self, name: str | None = None, **options: Any) -> Cursor | ServerCursor:
+        return ServerCursor(self) if name else Cursor(self)
+
+    def set_autocommit(self, autocommit: bool) -> None:
+        if autocommit and self.lease is not None:
+            raise ProgrammingError("autocommit cannot be set in the middle of a transaction")
+        self.autocommit = autocommit
+
+    def commit(self) -> None:
+        lease, self.lease = self.lease, None
+        if lease is not None:
+            green.wait(lease.commit())
+
+    def rollback(self) -> None:
+        lease, self.lease = self.lease, None
+        if lease is not None:
+            green.wait(lease.rollback())
+
+    def close(self) -> None:
+        """A transaction that is open is rolled back."""
+        self.closed = True
+        self.abandon()
+
+    def abandon(self) -> None:
+        lease, self.lease = self.lease, None
+        if lease is not None:
+            lease.abandon()
+
+    async def _begin(self) -> Lease:
+        self.lease = await self.engine.begin()
+        return self.lease
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"{name!r}: in green code a database connection is one of many of a pool, and not the driver's own. "
+            "Use cursors; or a sync view, in a worker thread."
+        )
+
+
+class Cursor:
+    """A cursor as in DB-API, for green code. Its rows are here when ``execute`` returns."""
+
+    arraysize = 1
+    name = None
+
+    def __init__(self, connection: PoolConnection) -> None:
+        self.connection = connection
+        self.closed = False
+        self._set(NO_RESULT)
+
+    def _set(self, result: Result) -> None:
+        self.description = result.description
+        self.rowcount = result.rowcount
+        self.query = result.sent
+        self.lastrowid = result.lastrowid
+        self._rows: list[Row] | None = None if result.description is None else result.rows
+        self._next = 0
+
+    def execute(self, sql: str, params: Params = None) -> Self:
+        self._check_open()
+        self._set(NO_RESULT)
+        self._set(green.wait(self.connection.execute(sql, params)))
+        return self
+
+    def executemany(self, sql: str, param_list: Sequence[Params]) -> None:
+        count = 0
+        for params in param_list:
+            self.execute(sql, params)
+            count += max(self.rowcount, 0)
+        self._set(NO_RESULT._replace(rowcount=count, sent=self.query))
+
+    def callproc(self, name: str, params: Sequence[Any] = ()) -> Sequence[Any]:
+        self.execute(f"SELECT * FROM {name}({', '.join(['%s'] * len(params))})", list(params))
+        return params
+
+    def mogrify(self, sql: str, params: Params = None) -> bytes:
+        return green.wait(self.connection.mogrify(sql, params))
+
+    def fetchone(self) -> Row | None:
+        rows = self.fetchmany(1)
+        return rows[0] if rows else None
+
+    def fetchmany(self, size: int | None = None) -> list[Row]:
+        start = self._next
+        rows = self._fetched()[start : start + (self.arraysize if size is None else size)]
+        self._next = start + len(rows)
+        return rows
+
+    def fetchall(self) -> list[Row]:
+        rows = self._fetched()
+        rows = rows[self._next :] if self._next else rows
+        self._next += len(rows)
+        return rows
+
+    def __iter__(self) -> Iterator[Row]:
+        while (row := self.fetchone()) is not None:
+            yield row
+
+    def close(self) -> None:
+        self.closed = True
+        self._rows = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise InterfaceError("cursor already closed")
+
+    def _fetched(self) -> list[Row]:
+        self._check_open()
+        if self._rows is None:
+            raise ProgrammingError("no results to fetch")
+        return self._rows
+
+
+class ServerCursor:
+    """A server-side cursor, for green code: its rows come as they are fetched."""
+
+    arraysize = 1
+    itersize = 2000
+    rowcount = -1
+    lastrowid = query = None
+
+    def __init__(self, connection: PoolConnection) -> None:
+        self.connection = connection
+        self.closed = False
+        self._stream: Stream | None = None
+
+    @property
+    def description(self) -> Sequence[Any] | None:
+        return None if self._stream is None else self._stream.description
+
+    def execute(self, sql: str, params: Params = None) -> Self:
+        self._stream = green.wait(self.connection.stream(sql, params))
+        return self
+
+    def executemany(self, sql: str, param_list: Sequence[Params]) -> NoReturn:
+        raise NotSupportedError("A server-side cursor runs one query.")
+
+    def fetchone(self) -> Row | None:
+        rows = self.fetchmany(1)
+        return rows[0] if rows else None
+
+    def fetchmany(self, size: int | None = None) -> list[Row]:
+        if self._stream is None:
+            raise ProgrammingError("no results to fetch")
+        return green.wait(self._stream.fetch(self.arraysize if size is None else size))
+
+    def fetchall(self) -> list[Row]:
+        return list(self)
+
+    def __iter__(self) -> Iterator[Row]:
+        while rows := self.fetchmany(self.itersize):
+            yield from rows
+
+    def close(self) -> None:
+        """May be called by whoever collects a generator: then it does not wait."""
+        self.closed = True
+        stream, self._stream = self._stream, None
+        if stream is None:
+            return
+        if green.active():
+            green.wait(stream.close())
+        else:
+            stream.abandon()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class PoolWrapper:
+    """Over a class of Django's database wrappers: its connection is a `PoolConnection`."""
+
+    engine: Engine
+    connection: Any
+
+    # Where Django opens a connection
+
+    def get_new_connection(self, conn_params: object) -> PoolConnection:
+        return PoolConnection(self.engine)
+
+    def connect(self) -> None:
+        """Sends nothing: what Django sets up on a new connection, the engine has, on each of its own."""
+        self.in_atomic_block = False
+        self.savepoint_ids: list[Any] = []
+        self.atomic_blocks: list[Any] = []
+        self.needs_rollback = False
+        self.health_check_enabled = False
+        self.health_check_done = True
+        self.close_at = None
+        self.closed_in_transaction = False
+        self.errors_occurred = False
+        self.connection = self.get_new_connection(None)
+        self.set_autocommit(self.settings_dict["AUTOCOMMIT"])  # type: ignore[attr-defined]
+        self.run_on_commit: list[Any] = []
+
+    def create_cursor(self, name: str | None = None) -> Cursor | ServerCursor:
+        cursor: Cursor | ServerCursor = self.connection.cursor(name)
+        return cursor
+
+    def chunked_cursor(self) -> Any:
+        """Of a backend without server-side cursors, too: the engine's streams serve them all."""
+        return self._cursor(name="stream")  # type: ignore[attr-defined]
+
+    def _set_autocommit(self, autocommit: bool) -> None:
+        self.connection.set_autocommit(autocommit)
+
+    def _start_transaction_under_autocommit(self) -> None:
+        self.connection.set_autocommit(False)
+
+    def _commit(self) -> None:
+        if self.connection is not None:
+            with debug_transaction(self, "COMMIT"), self.wrap_database_errors:  # type: ignore[attr-defined]
+                self.connection.commit()
+
+    def _rollback(self) -> None:
+        if self.connection is not None:
+            with debug_transaction(self, "ROLLBACK"), self.wrap_database_errors:  # type: ignore[attr-defined]
+                self.connection.rollback()
+
+    def _close(self) -> None:
+        if self.connection is not None:
+            self.connection.close()
+
+    def is_usable(self) -> bool:
+        """A pool replaces connections by itself; what is lost is a transaction, and its statements say so."""
+        return self.connection is not None
+
+    def ensure_timezone(self) -> bool:
+        return False
+
+    @property
+    def pg_version(self) -> int:
+        """Every connection of the engine tells its wrapper; one is opened if none has been yet."""
+        if "pg_version" not in vars(self.engine.wrapper):
+            green.wait(self.engine.open())
+        version: int = self.engine.wrapper.pg_version
+        return version
+
+    @property
+    def queries_logged(self) -> bool:
+        return bool(
+            self.force_debug_cursor  # type: ignore[attr-defined]
+            or self.engine.wrapper.queries_logged
+        )
+
+    def on_commit(self, func: Callable[[], Any], robust: bool = False) -> None:
+        """Django's, which takes ``async def`` functions as well: they are awaited, one after the other."""
+        if iscoroutinefunction(func):
+            func = _Awaited(func)
+        super().on_commit(func, robust)  # type: ignore[misc]
+
+    # As a resource of a scope
+
+    @property
+    def in_transaction(self) -> bool:
+        return self.connection is not None and not self.connection.autocommit
+
+    def release(self) -> None:
+        """Its scope has ended: it is kept for another one, if it is as good as new."""
+        wrapper: Any = self
+        if wrapper.in_atomic_block or self.in_transaction:
+            logger.error(
+                "Green code left a transaction open on database %r; it is rolled back. "
+                "Begin and end a transaction in one call, or in one `async with db.atomic()`.",
+                wrapper.alias,
+            )
+            if self.connection is not None:
+                self.connection.abandon()
+            return
+        shared = self.engine.wrapper
+        if wrapper.queries_log:
+            shared.queries_log.extend(wrapper.queries_log)
+            wrapper.queries_log.clear()
+        free = _free.setdefault(self.engine, [])
+        if not wrapper.execute_wrappers and not wrapper.force_debug_cursor and len(free) < KEPT:
+            free.append(wrapper)
+
+
+class _Awaited:
+    """A coroutine function as Django's hooks on commit are: green code calls it, or, in autocommit, the loop does."""
+
+    def __init__(self, func: Callable[[], Awaitable[object]]) -> None:
+        self.func = func
+        self.__qualname__ = getattr(func, "__qualname__", repr(func))
+
+    def __call__(self) -> None:
+        if green.active():
+            green.wait(self.func())
+            return
+        task = asyncio.ensure_future(self.func())
+        _tasks.add(task)
+        task.add_done_callback(_tasks.discard)
+
+
+_tasks: set[asyncio.Future[Any]] = set()
+_free: dict[Engine, list[Any]] = {}
+
+
+@cache
+def _wrapper_class(base: type) -> type[Any]:
+    return type(base.__name__, (PoolWrapper, base), {"__module__": base.__module__})
+
+
+def make(engine: Engine) -> Any:
+    """A wrapper that is in no transaction, for a scope to keep."""
+    free = _free.get(engine)
+    if free:
+        return free.pop()
+    plain = engine.wrapper
+    wrapper = _wrapper_class(type(plain))(plain.settings_dict, plain.alias)
+    wrapper.engine = engine
+    return wrapper
+
+
+class Connections:
+    """Where ``django.db.connections`` looks for a connection while the pools are open.
+
+    Green code finds that of its scope; other code on the event loop too, in a transaction of its own, else one that is
+    never connected, and good for compiling SQL; any other thread what it would find anyway.
+    """
+
+    def __init__(self, threads: Any, engines: dict[str, Engine]) -> None:
+        vars(self).update(_threads=threads, _engines=engines, _unconnected={})
+
+    def __getattr__(self, alias: str) -> Any:
+        is_green = green.active()
+        if not is_green and asyncio._get_running_loop() is None:
+            return getattr(self._threads, alias)
+        scope = green.scope.get()
+        if scope is not None and (wrapper := scope.resources.get(alias)) is not None:
+            if is_green or scope.admits(asyncio.current_task()):
+                return wrapper
+        engine = self._engines.get(alias)
+        if engine is None:
+            raise AttributeError(alias)
+        if is_green:
+            assert scope is not None
+            _refuse_foreign(scope, alias)
+            wrapper = scope.resources[alias] = make(engine)
+            return wrapper
+        wrapper = self._unconnected.get(alias)
+        if wrapper is None:
+            wrapper = self._unconnected[alias] = make(engine)
+            wrapper.queries_log = engine.wrapper.queries_log
+        return wrapper
+
+    def __setattr__(self, alias: str, value: Any) -> None:
+        if green.active():
+            scope = green.scope.get()
+            assert scope is not None
+            scope.resources[alias] = value
+        else:
+            setattr(self._threads, alias, value)
+
+    def __delattr__(self, alias: str) -> None:
+        if green.active():
+            scope = green.scope.get()
+            assert scope is not None
+            scope.resources.pop(alias, None)
+        else:
+            delattr(self._threads, alias)
+
+
+def install(engines: dict[str, Engine]) -> None:
+    connections._connections = Connections(connections._connections, engines)  # type: ignore[attr-defined]
+
+
+def uninstall() -> None:
+    storage = connections._connections  # type: ignore[attr-defined]
+    for engine in storage._engines.values():
+        _free.pop(engine, None)
+    connections._connections = storage._threads  # type: ignore[attr-defined]
+
+
+def transaction(alias: str) -> PoolConnection | None:
+    """The connection of the transaction that the running task has open on a database; None if it has none.
+
+    Raises TransactionManagementError when the transaction around the caller is another task's.
+    """
+    scope = green.scope.get()
+    if scope is None:
+        return None
+    if scope.admits(asyncio.current_task()):
+        wrapper: Any = scope.resources.get(alias)
+        if wrapper is not None and wrapper.in_transaction:
+            wrapper.validate_no_broken_transaction()
+            connection: PoolConnection = wrapper.connection
+            return connection
+        scope_outer = scope.outer
+    else:
+        scope_outer = scope
+    _refuse(scope_outer, alias)
+    return None
+
+
+def _refuse_foreign(scope: green.Scope, alias: str) -> None:
+    _refuse(scope.outer, alias)
+
+
+def _refuse(scope: green.Scope | None, alias: str) -> None:
+    while scope is not None:
+        wrapper: Any = scope.resources.get(alias)
+        if not scope.ended and wrapper is not None and wrapper.in_transaction:
+            raise TransactionManagementError(
+                f"A transaction is open on database {alias!r}, and it is another task's: of the task that entered "
+                "`async with db.atomic()`. Only that task may use it: await there, one query after the other. "
+                "(gather, create_task, execute_async, and wait_for before Python 3.12, make tasks.)"
+            )
+        scope = scope.outer

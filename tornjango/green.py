@@ -1,0 +1,256 @@
+"""Sync code on the event loop: it runs in a greenlet, and where it would block it waits instead.
+
+The code sees what sync code always sees: no running event loop, its caller's context variables, one thread. It must
+not know, but may: `wait` is to it what ``await`` is to a coroutine. The idea is that of SQLAlchemy's asyncio support.
+
+What waits is the database (``tornjango.db.connection``) and whatever calls `wait` or `aside`. Code that blocks in any other
+way blocks the loop, and other tasks run while it waits, on the same thread: state in a ``threading.local`` is shared
+with them. So nobody's sync code is run like this unless its project says so; Django's own is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from asyncio.events import _set_running_loop
+from collections.abc import Awaitable, Callable
+from functools import partial, wraps
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
+
+from greenlet import GreenletExit, getcurrent, greenlet
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Resource(Protocol):
+    """What a `Scope` holds: it is given back when the scope ends."""
+
+    def release(self) -> Awaitable[None] | None: ...
+
+
+class Scope:
+    """What green calls share that belong together: those of one task, while the outermost of them runs.
+
+    ``resources`` are for the modules that green code waits on; each is released at the end, in reverse order.
+    """
+
+    __slots__ = ("ended", "lock", "outer", "resources", "task")
+
+    def __init__(self, task: asyncio.Task[Any] | None, outer: Scope | None) -> None:
+        self.task = task
+        #: The scope around this one, which another task made.
+        self.outer = outer
+        self.resources: dict[Any, Resource] = {}
+        self.ended = False
+        #: Where several tasks share the scope: held by the one whose turn it is.
+        self.lock: TaskLock | None = None
+
+    def admits(self, task: asyncio.Task[Any] | None) -> bool:
+        return not self.ended and (self.task is task or self.lock is not None)
+
+    async def end(self) -> None:
+        """Releases everything, even if the task is cancelled meanwhile."""
+        self.ended = True
+        waiting = []
+        while self.resources:
+            _, resource = self.resources.popitem()
+            if (release := resource.release()) is not None:
+                waiting.append(release)
+        if waiting:
+            await finish(_all(waiting))
+
+
+class TaskLock:
+    """A lock that its owner may take again, for tasks."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._owner: asyncio.Task[Any] | None = None
+        self._depth = 0
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        if self._owner is not task:
+            await self._lock.acquire()
+            self._owner = task
+        self._depth += 1
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._owner = None
+            self._lock.release()
+
+
+#: The scope that code in this context belongs to, if any.
+scope: contextvars.ContextVar[Scope | None] = contextvars.ContextVar(
+    "tornjango.green", default=None
+)
+
+
+class _Green(greenlet):
+    """Runs one sync function after another, for there is much to do before a greenlet's first step and little later.
+
+    Between two of them it is idle; while one waits, what it waits for is awaited by the greenlet that drives it.
+    """
+
+    driver: greenlet
+    fn: Callable[..., Any] | None
+    args: Any
+    kwargs: Any
+    error: BaseException | None
+    idle: bool
+
+    def run(self) -> None:
+        while True:
+            fn, args, kwargs = self.fn, self.args, self.kwargs
+            self.fn = self.args = self.kwargs = None
+            result = None
+            try:
+                result = fn(*args, **kwargs)  # type: ignore[misc]
+            except GreenletExit:
+                raise
+            except BaseException as exc:  # noqa: BLE001 - raised where the call is awaited
+                self.error = exc
+            self.idle = True
+            del fn, args, kwargs
+            self.driver.switch(result)
+
+
+class _Idle(threading.local):
+    """A thread's greenlets that have nothing to do."""
+
+    def __init__(self) -> None:
+        self.greens: list[_Green] = []
+
+
+_idle = _Idle()
+
+#: Idle greenlets that a thread keeps.
+KEPT = 64
+
+
+def active() -> bool:
+    """Whether the caller runs in a greenlet of `run`, and may `wait`."""
+    return isinstance(getcurrent(), _Green)
+
+
+def wait(awaitable: Awaitable[T]) -> T:
+    """What awaiting gives, or raises, for sync code that `run` runs; other tasks run meanwhile.
+
+    Raises ``CancelledError`` when the task is cancelled, and RuntimeError outside of `run`.
+    """
+    current = getcurrent()
+    if not isinstance(current, _Green):
+        if asyncio.iscoroutine(awaitable):
+            awaitable.close()
+        raise RuntimeError("green.wait() is for sync code that green.run() runs.")
+    return cast(T, current.driver.switch(awaitable))
+
+
+async def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """``fn(*args, **kwargs)``, sync code, on the event loop: see the module's description.
+
+    Calls within calls, and all those inside ``async with db.atomic()``, share their database connections; two that run
+    at once never do. Cancelled, the code meets ``CancelledError`` where it waits.
+    """
+    outer = scope.get()
+    if outer is not None and outer.admits(asyncio.current_task()):
+        if outer.lock is None:
+            return await _drive(fn, args, kwargs)
+        async with outer.lock:
+            return await _drive(fn, args, kwargs)
+    own = Scope(asyncio.current_task(), outer)
+    token = scope.set(own)
+    try:
+        return await _drive(fn, args, kwargs)
+    finally:
+        if own.resources:
+            await own.end()
+        own.ended = True
+        scope.reset(token)
+
+
+async def _drive(fn: Callable[..., T], args: Any, kwargs: Any) -> T:
+    loop = asyncio.get_running_loop()
+    current = getcurrent()
+    green = _idle.greens.pop() if _idle.greens else _Green()
+    green.driver = current
+    green.gr_context = current.gr_context
+    green.fn, green.args, green.kwargs, green.error = fn, args, kwargs, None
+    green.idle = False
+    step: Callable[[Any], Any] = _start
+    given: Any = green
+    while True:
+        # While the greenlet runs, its code finds no event loop in its thread.
+        _set_running_loop(None)
+        try:
+            result = step(given)
+        finally:
+            _set_running_loop(loop)
+        if green.idle:
+            break
+        step, given = green.switch, None
+        try:
+            given = await result
+        except BaseException as exc:  # noqa: BLE001 - the green code's own to handle
+            step, given = green.throw, exc
+        del result
+    error, green.error = green.error, None
+    green.gr_context = None
+    del green.driver
+    if len(_idle.greens) < KEPT:
+        _idle.greens.append(green)
+    if error is None:
+        return cast(T, result)
+    try:
+        raise error
+    finally:
+        del error, given
+
+
+def _start(green: _Green) -> Any:
+    return green.switch()
+
+
+def aside(fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """``fn(...)`` in a worker thread, if the caller is green code; for what would hold up the loop."""
+    if not active():
+        return fn(*args, **kwargs)
+    return wait(_in_thread(partial(contextvars.copy_context().run, fn, *args, **kwargs)))
+
+
+async def _in_thread(fn: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(None, fn)
+
+
+def blocking(fn: Callable[P, T]) -> Callable[P, T]:
+    """Marks sync code that computes, or blocks, for long: called by green code, it goes to a worker thread by itself."""
+
+    @wraps(fn)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        return aside(fn, *args, **kwargs)
+
+    return wrapper
+
+
+async def finish(work: Awaitable[T]) -> T:
+    """Awaits ``work`` to its end, whatever cancels the task meanwhile; raises ``CancelledError`` after it, then."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+    if cancelled is not None:
+        task.exception()
+        raise cancelled
+    return task.result()
+
+
+async def _all(awaitables: list[Awaitable[None]]) -> None:
+    for awaitable in awaitables:
+        await awaitable
