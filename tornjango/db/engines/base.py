@@ -35,7 +35,8 @@ class Result(NamedTuple):
 class Stream(ABC):
     """The rows of a query, fetched from the server as they are asked for."""
 
-    description: Sequence[Any]
+    #: As a Result's. May be None until rows were asked for.
+    description: Sequence[Any] | None
 
     @abstractmethod
     async def fetch(self, size: int) -> list[Row]:
