@@ -11,10 +11,11 @@ with them. So nobody's sync code is run like this unless its project says so; Dj
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import threading
 from asyncio.events import _set_running_loop
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial, wraps
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
@@ -102,6 +103,10 @@ class _Green(greenlet):
     kwargs: Any
     error: BaseException | None
     idle: bool
+    #: How many `shielded` blocks it is in.
+    shields: int
+    #: A cancellation that came meanwhile, and is yet to be met.
+    cancelled: asyncio.CancelledError | None
 
     def run(self) -> None:
         while True:
@@ -147,7 +152,26 @@ def wait(awaitable: Awaitable[T]) -> T:
         if asyncio.iscoroutine(awaitable):
             awaitable.close()
         raise RuntimeError("green.wait() is for sync code that green.run() runs.")
+    if current.cancelled is not None and not current.shields:
+        if asyncio.iscoroutine(awaitable):
+            awaitable.close()
+        cancelled, current.cancelled = current.cancelled, None
+        raise cancelled
     return cast(T, current.driver.switch(awaitable))
+
+
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """For what must not be left half done: inside, a wait is not cancelled, and a cancellation is met after the block."""
+    current = getcurrent()
+    if not isinstance(current, _Green):
+        yield
+        return
+    current.shields += 1
+    try:
+        yield
+    finally:
+        current.shields -= 1
 
 
 async def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -180,7 +204,7 @@ async def _drive(fn: Callable[..., T], args: Any, kwargs: Any) -> T:
     green.driver = current
     green.gr_context = current.gr_context
     green.fn, green.args, green.kwargs, green.error = fn, args, kwargs, None
-    green.idle = False
+    green.idle, green.shields, green.cancelled = False, 0, None
     step: Callable[[Any], Any] = _start
     given: Any = green
     while True:
@@ -194,11 +218,12 @@ async def _drive(fn: Callable[..., T], args: Any, kwargs: Any) -> T:
             break
         step, given = green.switch, None
         try:
-            given = await result
+            given = await (_to_end(result, green) if green.shields else result)
         except BaseException as exc:  # noqa: BLE001 - the green code's own to handle
             step, given = green.throw, exc
         del result
-    error, green.error = green.error, None
+    error, green.error = green.error or green.cancelled, None
+    green.cancelled = None
     green.gr_context = None
     del green.driver
     if len(_idle.greens) < KEPT:
@@ -234,6 +259,16 @@ def blocking(fn: Callable[P, T]) -> Callable[P, T]:
         return aside(fn, *args, **kwargs)
 
     return wrapper
+
+
+async def _to_end(work: Awaitable[T], green: _Green) -> T:
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as exc:
+            green.cancelled = exc
+    return task.result()
 
 
 async def finish(work: Awaitable[T]) -> T:

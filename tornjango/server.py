@@ -23,7 +23,6 @@ from tornado.netutil import bind_sockets
 from tornjango import comet
 from tornjango.application import Application
 from tornjango.conf import Config, get_config
-from tornjango.db import pools
 
 logger = logging.getLogger("tornjango.server")
 
@@ -127,7 +126,6 @@ class Server:
         """Returns when ``stop`` was called and everything is closed."""
         self._loop = asyncio.get_running_loop()
         self.application.workers.install(self._loop)
-        pools.share()  # with the tasks of the connections that are taken from here on
         http = ConnectionServer(self.application, self.config)
         http.add_sockets(self.sockets)
         try:

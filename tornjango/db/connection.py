@@ -275,15 +275,21 @@ class PoolWrapper:
     def _start_transaction_under_autocommit(self) -> None:
         self.connection.set_autocommit(False)
 
+    # Cancelled in the middle, a transaction would have an end that nobody knows, or hooks that never run.
+
     def _commit(self) -> None:
         if self.connection is not None:
-            with debug_transaction(self, "COMMIT"), self.wrap_database_errors:  # type: ignore[attr-defined]
+            with debug_transaction(self, "COMMIT"), green.shielded():
                 self.connection.commit()
 
     def _rollback(self) -> None:
         if self.connection is not None:
-            with debug_transaction(self, "ROLLBACK"), self.wrap_database_errors:  # type: ignore[attr-defined]
+            with debug_transaction(self, "ROLLBACK"), green.shielded():
                 self.connection.rollback()
+
+    def run_and_clear_commit_hooks(self) -> None:
+        with green.shielded():
+            super().run_and_clear_commit_hooks()  # type: ignore[misc]
 
     def _close(self) -> None:
         if self.connection is not None:
@@ -340,6 +346,8 @@ class PoolWrapper:
             shared.queries_log.extend(wrapper.queries_log)
             wrapper.queries_log.clear()
         free = _free.setdefault(self.engine, [])
+        if wrapper.run_on_commit or wrapper.connection is None:
+            return
         if not wrapper.execute_wrappers and not wrapper.force_debug_cursor and len(free) < KEPT:
             free.append(wrapper)
 
@@ -365,7 +373,7 @@ _free: dict[Engine, list[Any]] = {}
 
 
 @cache
-def _wrapper_class(base: type) -> type[Any]:
+def _wrapper_class(base: Any) -> type[Any]:
     return type(base.__name__, (PoolWrapper, base), {"__module__": base.__module__})
 
 
@@ -391,26 +399,36 @@ class Connections:
         vars(self).update(_threads=threads, _engines=engines, _unconnected={})
 
     def __getattr__(self, alias: str) -> Any:
-        is_green = green.active()
-        if not is_green and asyncio._get_running_loop() is None:
+        if green.active():
+            return self._of_scope(alias)
+        if asyncio._get_running_loop() is None:
             return getattr(self._threads, alias)
         scope = green.scope.get()
-        if scope is not None and (wrapper := scope.resources.get(alias)) is not None:
-            if is_green or scope.admits(asyncio.current_task()):
-                return wrapper
-        engine = self._engines.get(alias)
-        if engine is None:
-            raise AttributeError(alias)
-        if is_green:
-            assert scope is not None
-            _refuse_foreign(scope, alias)
-            wrapper = scope.resources[alias] = make(engine)
-            return wrapper
-        wrapper = self._unconnected.get(alias)
+        if scope is not None and alias in scope.resources and scope.admits(asyncio.current_task()):
+            return scope.resources[alias]
+        return self._unconnected.get(alias) or self._make_unconnected(alias)
+
+    def _of_scope(self, alias: str) -> Any:
+        scope = green.scope.get()
+        assert scope is not None
+        wrapper = scope.resources.get(alias)
         if wrapper is None:
-            wrapper = self._unconnected[alias] = make(engine)
-            wrapper.queries_log = engine.wrapper.queries_log
+            _refuse(scope.outer, alias)
+            wrapper = scope.resources[alias] = make(self._engine(alias))
         return wrapper
+
+    def _make_unconnected(self, alias: str) -> Any:
+        engine = self._engine(alias)
+        wrapper = self._unconnected[alias] = make(engine)
+        wrapper.queries_log = engine.wrapper.queries_log
+        return wrapper
+
+    def _engine(self, alias: str) -> Engine:
+        try:
+            engine: Engine = self._engines[alias]
+        except KeyError:
+            raise AttributeError(alias) from None  # django.db.connections knows what to say of it
+        return engine
 
     def __setattr__(self, alias: str, value: Any) -> None:
         if green.active():
@@ -448,21 +466,16 @@ def transaction(alias: str) -> PoolConnection | None:
     scope = green.scope.get()
     if scope is None:
         return None
-    if scope.admits(asyncio.current_task()):
-        wrapper: Any = scope.resources.get(alias)
-        if wrapper is not None and wrapper.in_transaction:
-            wrapper.validate_no_broken_transaction()
-            connection: PoolConnection = wrapper.connection
-            return connection
-        scope_outer = scope.outer
-    else:
-        scope_outer = scope
-    _refuse(scope_outer, alias)
-    return None
-
-
-def _refuse_foreign(scope: green.Scope, alias: str) -> None:
-    _refuse(scope.outer, alias)
+    if not scope.admits(asyncio.current_task()):
+        _refuse(scope, alias)
+        return None
+    wrapper: Any = scope.resources.get(alias)
+    if wrapper is None or not wrapper.in_transaction:
+        _refuse(scope.outer, alias)
+        return None
+    wrapper.validate_no_broken_transaction()
+    connection: PoolConnection = wrapper.connection
+    return connection
 
 
 def _refuse(scope: green.Scope | None, alias: str) -> None:

@@ -6,8 +6,11 @@ from typing import Any
 
 from django.db import connections
 
+from tornjango import asyncdjango
 from tornjango.conf import Config, get_config
+from tornjango.db import connection
 from tornjango.db.engines.base import Engine
+from tornjango.db.engines.plain import PlainEngine
 from tornjango.db.engines.threads import ThreadsEngine
 from tornjango.exceptions import ConfigurationError
 
@@ -31,16 +34,10 @@ def open(config: Config | None = None) -> None:
             raise ConfigurationError(
                 f'TORNJANGO["ENGINES"] has {alias!r}, which DATABASES has not.'
             )
-    _engines = {alias: _make(alias, config) for alias in connections}
-
-
-def share() -> None:
-    """Spares the tasks that are made from this context the making of wrappers of Django's, one for each and database.
-
-    Django keeps them by context, on an event loop. To be called there, before the server's sockets are added.
-    """
-    for engine in (_engines or {}).values():
-        engine.share()
+    engines = {alias: _make(alias, config) for alias in connections}
+    connection.install(engines)
+    asyncdjango.install()
+    _engines = engines
 
 
 async def connect() -> None:
@@ -52,6 +49,9 @@ async def close() -> None:
     """Closes all connections; queries run on Django's own again. Closing twice is harmless."""
     global _engines
     engines, _engines = _engines, None
+    if engines is not None:
+        asyncdjango.uninstall()
+        connection.uninstall()
     await asyncio.gather(*(engine.close() for engine in (engines or {}).values()))
 
 
@@ -68,7 +68,7 @@ def get(alias: str) -> Engine:
     if engine is not None:
         return engine
     connections[alias]
-    return _unopened.setdefault(alias, ThreadsEngine(alias))
+    return _unopened.setdefault(alias, PlainEngine(alias))
 
 
 def status() -> dict[str, dict[str, Any]]:
@@ -80,7 +80,7 @@ def _make(alias: str, config: Config) -> Engine:
     unfit = _unfit_for_momoko(alias)
     wanted = config.ENGINES.get(alias) or ("threads" if unfit else "momoko")
     if wanted == "threads":
-        return ThreadsEngine(alias)
+        return ThreadsEngine(alias, config)
     if unfit:
         raise ConfigurationError(f'TORNJANGO["ENGINES"][{alias!r}] cannot be "momoko": {unfit}')
     # momoko is optional, and wants psycopg2.

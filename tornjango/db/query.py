@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import Callable, Coroutine, Generator, Iterable
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any, Self, TypeVar, overload
 
 from django.db.models import Manager, QuerySet
 from django.db.models.query import RawQuerySet
 from django.db.utils import DEFAULT_DB_ALIAS
 
-from tornjango.db import pools
+from tornjango.db import connection, fetching
 from tornjango.db.compiler import AnyQuerySet, Params, Row
+from tornjango.db.engines.base import Result
 from tornjango.responses import DeferredResponse, current
 
 T = TypeVar("T")
@@ -19,12 +20,12 @@ T = TypeVar("T")
 class Rows(list[Row]):
     """The rows of a raw query, as tuples; empty for a statement that returns none."""
 
-    def __init__(self, rows: Iterable[Row], columns: list[str], rowcount: int) -> None:
-        super().__init__(rows)
+    def __init__(self, result: Result) -> None:
+        super().__init__(result.rows)
         #: The names of the columns.
-        self.columns = columns
+        self.columns = result.columns
         #: How many rows the statement returned, changed, or -1 where there is no such number.
-        self.rowcount = rowcount
+        self.rowcount = result.rowcount
 
 
 class Query:
@@ -40,7 +41,7 @@ class Query:
         self.sql = sql
         self.params = params
         self.alias = alias
-        self._task: asyncio.Task[Rows] | None = None
+        self._task: asyncio.Future[Rows] | None = None
         self._awaited = False
         self._callbacks: list[Callable[[Rows], object]] = []
         self._errbacks: list[Callable[[Exception], object]] = []
@@ -50,6 +51,9 @@ class Query:
 
     def __await__(self) -> Generator[Any, None, Rows]:
         self._awaited = True
+        transaction = connection.transaction(self.alias)
+        if self._task is None and transaction is not None:
+            return self._here(transaction).__await__()
         return self._start().__await__()
 
     def __del__(self) -> None:
@@ -78,22 +82,36 @@ class Query:
     addCallback = add_callback
     addErrback = add_errback
 
-    def _start(self) -> asyncio.Task[Rows]:
+    def _start(self) -> asyncio.Future[Rows]:
         if self._task is None:
             self._task = _spawn(self._run())
             self._task.add_done_callback(_look_at)
         return self._task
 
+    async def _here(self, transaction: connection.PoolConnection) -> Rows:
+        """In the task that owns the transaction."""
+        self._task = asyncio.get_running_loop().create_future()
+        try:
+            rows = Rows(await transaction.execute(self.sql, self.params))
+        except BaseException as exc:
+            self._task.cancel() if isinstance(
+                exc, asyncio.CancelledError
+            ) else self._task.set_exception(exc)
+            _look_at(self._task)
+            raise
+        self._task.set_result(rows)
+        return rows
+
     async def _run(self) -> Rows:
         try:
-            result = await pools.get(self.alias).execute(self.sql, self.params)
+            result = await fetching.executor(self.alias).execute(self.sql, self.params)
         except Exception as exc:
             for errback in self._errbacks:
                 await _call(errback, exc)
             if not self._errbacks and not self._awaited:
                 _fail(exc)
             raise
-        rows = Rows(*result)
+        rows = Rows(result)
         for callback in self._callbacks:
             await _call(callback, rows)
         return rows
@@ -116,7 +134,7 @@ class Database:
         is cancelled, so is the statement on the server.
         """
         _expect_queryset(query)
-        return await pools.get(using or self.alias or query.db).fetch(query)
+        return await fetching.fetch(query, using or self.alias or query.db)
 
     @overload
     def execute_async(
@@ -228,7 +246,7 @@ def _fail(exc: Exception) -> None:
     asyncio.get_running_loop().call_exception_handler({"message": message, "exception": exc})
 
 
-def _look_at(task: asyncio.Task[Any]) -> None:
+def _look_at(task: asyncio.Future[Any]) -> None:
     """The error has gone where it belongs: asyncio need not report it once more."""
     if not task.cancelled():
         task.exception()
