@@ -16,30 +16,30 @@ from __future__ import annotations
 
 import asyncio
 import select
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import momoko
 import psycopg2
-from django.db import connections
 from django.db.transaction import TransactionManagementError
 from django.db.utils import InterfaceError
 from psycopg2 import extensions
 from tornado.ioloop import IOLoop
 
 from tornjango.conf import Config
-from tornjango.db.compiler import AnyQuerySet, Params, Row
-from tornjango.db.engines import cancel
+from tornjango.db.compiler import Params, Row
+from tornjango.db.engines import base, cancel, lease
 from tornjango.db.engines.aside import aside
 from tornjango.db.engines.backoff import Backoff
-from tornjango.db.engines.base import SLICE, Engine, Result
+from tornjango.db.engines.base import Engine, Result
 from tornjango.db.engines.gate import Gate
+from tornjango.db.engines.lease import PoolLease
 from tornjango.db.engines.session import EXTENSION_TYPES, Session
+from tornjango.db.engines.stream import CursorStream
 
-# How long a cancelled statement may take to end, in seconds, before its connection is given up.
-CANCEL_TIMEOUT = 5.0
-
+# Rows made of what the server sent before other tasks get their turn: a few milliseconds.
+SLICE = 1000
 
 # What a pool counts before it has connections.
 NOTHING = {"free": 0, "connecting": 0, "dead": 0}
@@ -66,9 +66,7 @@ class MomokoEngine(Engine):
 
     def __init__(self, alias: str, config: Config) -> None:
         super().__init__(alias)
-        # Its own, for it never has a connection: the caller's may be in the middle of a transaction.
-        self._wrapper: Any = connections.create_connection(alias)
-        self._session = Session(self._wrapper)
+        self._session = Session(self.wrapper)
         self._gate = Gate(
             f"database {alias!r}",
             size=config.POOL_SIZE,
@@ -76,21 +74,37 @@ class MomokoEngine(Engine):
             timeout=config.POOL_TIMEOUT,
         )
         self._made_pool: Pool | None = None
-        self._running: dict[Connection, asyncio.Future[Any]] = {}
+        self._leases: WeakSet[PoolLease] = WeakSet()
         self._drains: set[asyncio.Task[None]] = set()
         self._closed = False
 
     async def open(self) -> None:
-        with self._wrapper.wrap_database_errors:
+        with self.wrapper.wrap_database_errors:
             self._release(await self._acquire())
 
     async def execute(self, sql: str, params: Params = None) -> Result:
-        with self._wrapper.wrap_database_errors:
+        with self.wrapper.wrap_database_errors:
+            return await self._run(await self._acquire(), sql, params)
+
+    async def begin(self) -> PoolLease:
+        with self.wrapper.wrap_database_errors:
             connection = await self._acquire()
-            if not self._wrapper.queries_logged:
-                return await self._run(connection, sql, params)
-            with self._logged(connection, sql, params):
-                return await self._run(connection, sql, params)
+            lease = await PoolLease.begin(
+                self.wrapper, connection, partial(self._release, connection)
+            )
+        self._leases.add(lease)
+        return lease
+
+    async def stream(self, sql: str, params: Params = None) -> CursorStream:
+        return await CursorStream.of_query(await self.begin(), sql, params)
+
+    async def mogrify(self, sql: str, params: Params) -> bytes:
+        with self.wrapper.wrap_database_errors:
+            connection = await self._acquire()
+            try:
+                return connection.mogrify(sql, params)
+            finally:
+                self._release(connection)
 
     async def close(self) -> None:
         if self._closed:
@@ -99,7 +113,7 @@ class MomokoEngine(Engine):
         self._gate.close(InterfaceError)
         if self._made_pool is not None:
             await self._made_pool.stop_connecting()
-            await self._end_statements()
+            await self._end_statements(self._made_pool)
             self._made_pool.close()
 
     def status(self) -> dict[str, Any]:
@@ -110,15 +124,6 @@ class MomokoEngine(Engine):
             "waiting": self._gate.waiting,
             **(self._made_pool.counts() if self._made_pool else NOTHING),
         }
-
-    def share(self) -> None:
-        if getattr(connections._connections, self.alias, None) is not self._wrapper:  # type: ignore[attr-defined]
-            connections[self.alias] = self._wrapper
-
-    async def _objects(self, queryset: AnyQuerySet) -> list[Any]:
-        # It knows the server's version, which compiling may ask for.
-        self.share()
-        return await super()._objects(queryset)
 
     # A connection for one caller
 
@@ -161,8 +166,7 @@ class MomokoEngine(Engine):
                     raise pool.failure() from None
 
     def _release(self, connection: Connection) -> None:
-        self._running.pop(connection, None)
-        if not connection.is_idle():
+        if connection.lost or connection.in_transaction:
             connection.discard()
         self._pool.putconn(connection)
         self._gate.leave()
@@ -170,16 +174,15 @@ class MomokoEngine(Engine):
     # A statement on it
 
     async def _run(self, connection: Connection, sql: str, params: Params) -> Result:
+        statement = None
         try:
-            future = connection.execute(
-                sql, NO_PARAMS if params is not None and not params else params
-            )
-            self._running[connection] = future
-            cursor = await asyncio.shield(future)
+            statement = connection.start(sql, params)
+            outcome = await asyncio.shield(statement)
             self._refuse_transaction(connection, sql)
-            result = await _result(cursor)
+            result = await connection.result(outcome)
         except asyncio.CancelledError:
-            self._abandon(connection)
+            assert statement is not None
+            self._abandon(connection, statement)
             raise
         except BaseException:
             self._release(connection)
@@ -188,62 +191,38 @@ class MomokoEngine(Engine):
         return result
 
     def _refuse_transaction(self, connection: Connection, sql: str) -> None:
-        if not connection.is_idle():
+        if connection.in_transaction:
             raise TransactionManagementError(
                 f"{sql[:80]!r} left a transaction open on database {self.alias!r}; it is rolled back. "
-                "A connection is held for one statement: for more, use transaction.atomic() in sync code."
+                "A connection is held for one statement: for more, use db.atomic(), or transaction.atomic() in sync code."
             )
 
-    def _abandon(self, connection: Connection) -> None:
-        drain = self._pool.loop.create_task(self._drain(connection))
+    def _abandon(self, connection: Connection, statement: asyncio.Future[Any]) -> None:
+        drain = self._pool.loop.create_task(self._drain(connection, statement))
         self._drains.add(drain)
         drain.add_done_callback(self._drains.discard)
 
-    async def _drain(self, connection: Connection) -> None:
+    async def _drain(self, connection: Connection, statement: asyncio.Future[Any]) -> None:
         """Ends a statement that nobody waits for. Only then is the connection free, or else given up."""
-        future = self._running[connection]
         try:
-            async with asyncio.timeout(CANCEL_TIMEOUT):
-                await connection.cancel(future)
-        except (TimeoutError, psycopg2.Error):
-            connection.discard()
+            await connection.stop(statement)
         finally:
             self._release(connection)
 
-    async def _end_statements(self) -> None:
+    async def _end_statements(self, pool: Pool) -> None:
+        for held in list(self._leases):
+            held.revoke(
+                f"The pool of database {self.alias!r} was closed in a transaction, which was rolled back."
+            )
+        running = list(pool.conns.busy)
         try:
-            async with asyncio.timeout(CANCEL_TIMEOUT):
-                ends = [connection.cancel(future) for connection, future in self._running.items()]
-                await asyncio.gather(*ends, return_exceptions=True)
+            async with asyncio.timeout(base.CANCEL_TIMEOUT):
+                await asyncio.gather(*(it.stop(it.statement) for it in running if it.statement))
                 await self._gate.emptied()
         except TimeoutError:
-            for connection, future in list(self._running.items()):
+            for connection in list(pool.conns.busy):
                 connection.discard()
-                if not future.done():
-                    future.set_exception(psycopg2.InterfaceError("The pool was closed."))
             await self._gate.emptied()
-
-    @contextmanager
-    def _logged(self, connection: Connection, sql: str, params: Params) -> Iterator[None]:
-        """To ``connection.queries`` and the logger ``django.db.backends``, as Django does under DEBUG."""
-        try:
-            sent = connection.connection.cursor().mogrify(sql, params).decode()
-        except BaseException:
-            self._release(connection)
-            raise
-        with self._wrapper.make_debug_cursor(None).debug_sql(sent, params):
-            yield
-
-
-async def _result(cursor: Any) -> Result:
-    if cursor.description is None:
-        return Result([], [], cursor.rowcount)
-    columns = [column[0] for column in cursor.description]
-    rows: list[Row] = cursor.fetchmany(SLICE)
-    while len(rows) < cursor.rowcount:
-        await asyncio.sleep(0)
-        rows += cursor.fetchmany(SLICE)
-    return Result(rows, columns, cursor.rowcount)
 
 
 class Pool(momoko.Pool):  # type: ignore[misc]
@@ -343,10 +322,12 @@ class Pool(momoko.Pool):  # type: ignore[misc]
             self._reanimate()
 
 
-class Connection(momoko.Connection):  # type: ignore[misc]
+class Connection(momoko.Connection, lease.Connection):  # type: ignore[misc]
     """momoko's connection, with a psycopg2 connection that is replaced after `discard`."""
 
     connection: Any
+    #: The one that runs, or ran last.
+    statement: asyncio.Future[Any] | None = None
 
     def __init__(self, pool: Pool) -> None:
         super().__init__("", ioloop=pool.ioloop)
@@ -368,25 +349,61 @@ class Connection(momoko.Connection):  # type: ignore[misc]
             cursor = await asyncio.shield(self.execute(EXTENSION_TYPES))
             session.register_types(self.connection, cursor.fetchall())
 
-    async def cancel(self, statement: asyncio.Future[Any]) -> None:
-        """Has the server end the running statement; returns when it has ended."""
-        if not statement.done():
-            await aside(cancel.prepare(self.connection))
-            await asyncio.wait({statement})
+    @property
+    def lost(self) -> bool:
+        closed: bool = self.closed
+        return closed
+
+    @property
+    def in_transaction(self) -> bool:
+        status: int = self.connection.get_transaction_status()
+        return status != extensions.TRANSACTION_STATUS_IDLE
+
+    @property
+    def in_error(self) -> bool:
+        status: int = self.connection.get_transaction_status()
+        return status == extensions.TRANSACTION_STATUS_INERROR
+
+    def start(self, sql: str, params: Params) -> asyncio.Future[Any]:
+        no_params = params is not None and not params
+        self.statement = self.execute(sql, NO_PARAMS if no_params else params)
+        return self.statement
+
+    async def result(self, outcome: Any) -> Result:
+        cursor = outcome
+        if cursor.description is None:
+            return Result([], None, cursor.rowcount, cursor.query)
+        rows: list[Row] = cursor.fetchmany(SLICE)
+        while len(rows) < cursor.rowcount:
+            await asyncio.sleep(0)
+            rows += cursor.fetchmany(SLICE)
+        return Result(rows, cursor.description, cursor.rowcount, cursor.query)
+
+    async def stop(self, statement: asyncio.Future[Any]) -> None:
+        try:
+            async with asyncio.timeout(base.CANCEL_TIMEOUT):
+                if not statement.done():
+                    await aside(cancel.prepare(self.connection))
+                    await asyncio.wait({statement})
+        except (TimeoutError, psycopg2.Error):
+            self.discard()
         # Its end is looked at, so that asyncio does not report it.
         statement.exception()
 
     def discard(self) -> None:
-        """Closes at once, whatever is under way; momoko's future for it is left as it is."""
         if not self.closed:
             self.ioloop.remove_handler(self.fileno)
             self.close()
         # The number may be another connection's by the time this one is made anew.
         self.fileno = -1
+        if self.statement is not None and not self.statement.done():
+            self.statement.set_exception(psycopg2.OperationalError("The connection was given up."))
+            # Looked at, for it may be that nobody waits.
+            self.statement.exception()
 
-    def is_idle(self) -> bool:
-        status = extensions.TRANSACTION_STATUS_IDLE
-        return not self.closed and self.connection.get_transaction_status() == status
+    def mogrify(self, sql: str, params: Params) -> bytes:
+        sent: bytes = self.connection.cursor().mogrify(sql, params)
+        return sent
 
     def is_alive(self) -> bool:
         """An idle connection has nothing to read, save that the server ended it."""
