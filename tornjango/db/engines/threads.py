@@ -18,6 +18,15 @@ class ThreadsEngine(Engine):
 
     name = "threads"
 
+    def __init__(self, alias: str, config: Any = None) -> None:
+        super().__init__(alias)
+
+    async def begin(self) -> Any:
+        raise NotImplementedError
+
+    async def stream(self, sql: str, params: Params = None) -> Any:
+        raise NotImplementedError
+
     async def execute(self, sql: str, params: Params = None) -> Result:
         return await sync_to_async(self._execute)(sql, params)
 
@@ -39,9 +48,8 @@ class ThreadsEngine(Engine):
         with connections[self.alias].cursor() as cursor:
             cursor.execute(sql, params)
             if cursor.description is None:
-                return Result([], [], cursor.rowcount)
-            columns = [column[0] for column in cursor.description]
-            return Result(cursor.fetchall(), columns, cursor.rowcount)
+                return Result([], None, cursor.rowcount)
+            return Result(cursor.fetchall(), cursor.description, cursor.rowcount)
 
 
 def _evaluate(queryset: Any) -> list[Any]:
