@@ -17,7 +17,8 @@ from django.test import RequestFactory, override_settings
 from django.utils.translation import gettext_lazy
 
 from tests.comet_channels import until_parked
-from tornjango import comet
+from tests.database import opened
+from tornjango import comet, db
 from tornjango.comet import get_broker
 
 FAR = 60.0
@@ -424,3 +425,21 @@ async def test_message_of_a_worker_thread_goes_out_when_its_transaction_commits(
     commit.set()
     assert _data(await waiting) == ["comment"]
     await commenting
+
+
+@pytest.mark.gen_test
+async def test_message_of_async_code_goes_out_when_its_transaction_commits(
+    channel: str, database: None
+) -> None:
+    async with opened():
+        waiting = await _parked(comet.wait(None, comet.cursor(channel), channel, timeout=FAR))
+        with pytest.raises(ZeroDivisionError):
+            async with db.atomic():
+                comet.publish(channel, "rolled back")
+                raise ZeroDivisionError
+        async with db.atomic():
+            comet.publish(channel, "committed")
+            comet.publish(channel, "at once", now=True)
+            assert _data(await waiting) == ["at once"]
+            waiting = await _parked(comet.wait(None, comet.cursor(channel), channel, timeout=FAR))
+        assert _data(await waiting) == ["committed"]

@@ -102,9 +102,9 @@ class Answer:
 def publish(channel: str, data: Any, event: str | None = None, *, now: bool = False) -> None:
     """Sends ``data`` to everyone who follows ``channel``; from any thread, with or without an event loop.
 
-    Inside ``transaction.atomic`` the message goes out when the transaction commits, and never if it is rolled back (which
-    includes tests in a ``TestCase``, as for ``on_commit``); with ``now=True``, or outside a transaction, at once. On the
-    event loop there is no transaction. ``data`` is anything that DjangoJSONEncoder takes, encoded here and now;
+    Inside ``transaction.atomic``, or ``async with db.atomic()``, the message goes out when the transaction commits, and
+    never if it is rolled back (which includes tests in a ``TestCase``, as for ``on_commit``); with ``now=True``, or
+    outside a transaction, at once. ``data`` is anything that DjangoJSONEncoder takes, encoded here and now;
     ``event`` is a short name that readers get beside it.
 
     Raises UnknownChannel if no declared pattern matches, TypeError or ValueError if ``data`` is no JSON, ValueError if it
