@@ -266,8 +266,12 @@ class PoolWrapper:
         return cursor
 
     def chunked_cursor(self) -> Any:
-        """Of a backend without server-side cursors, too: the engine's streams serve them all."""
-        return self._cursor(name="stream")  # type: ignore[attr-defined]
+        """A stream of the engine's, where Django itself has a server-side cursor.
+
+        Elsewhere it would hold another connection than the statements that come between: SQLite would lock them out.
+        """
+        wrapper: Any = self
+        return wrapper._cursor(name="stream") if wrapper.vendor == "postgresql" else wrapper.cursor()
 
     def _set_autocommit(self, autocommit: bool) -> None:
         self.connection.set_autocommit(autocommit)
