@@ -35,7 +35,8 @@ from tornjango.db.engines.backoff import Backoff
 from tornjango.db.engines.base import Engine, Result
 from tornjango.db.engines.gate import Gate
 from tornjango.db.engines.lease import PoolLease
-from tornjango.db.engines.session import EXTENSION_TYPES, Session
+from tornjango.db.engines.momoko_session import MomokoSession
+from tornjango.db.engines.session import EXTENSION_TYPES
 from tornjango.db.engines.stream import CursorStream
 
 # Rows made of what the server sent before other tasks get their turn: a few milliseconds.
@@ -66,7 +67,7 @@ class MomokoEngine(Engine):
 
     def __init__(self, alias: str, config: Config) -> None:
         super().__init__(alias)
-        self._session = Session(self.wrapper)
+        self._session = MomokoSession(self.wrapper)
         self._gate = Gate(
             f"database {alias!r}",
             size=config.POOL_SIZE,
@@ -228,7 +229,7 @@ class MomokoEngine(Engine):
 class Pool(momoko.Pool):  # type: ignore[misc]
     """momoko's pool, of connections that are Django's. It does not close itself: see `MomokoEngine.close`."""
 
-    def __init__(self, session: Session, size: int) -> None:
+    def __init__(self, session: MomokoSession, size: int) -> None:
         super().__init__("", size=1, max_size=size, reconnect_interval=0, ioloop=IOLoop.current())
         self.loop = asyncio.get_running_loop()
         self.session = session
@@ -343,7 +344,8 @@ class Connection(momoko.Connection, lease.Connection):  # type: ignore[misc]
         session = self.pool.session
         await self._open(await aside(session.parameters))
         session.adopt(self.connection)
-        for sql, params in session.statements(self.connection):
+        timezone = self.connection.get_parameter_status("TimeZone")
+        for sql, params in session.statements(timezone):
             await asyncio.shield(self.execute(sql, params))
         if session.wants_extension_types:
             cursor = await asyncio.shield(self.execute(EXTENSION_TYPES))

@@ -8,10 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from django.apps import apps
-from django.conf import settings
 from django.db.backends.postgresql.psycopg_any import IsolationLevel
 from django.db.backends.signals import connection_created
-from psycopg2 import extensions, extras
 
 from tornjango.exceptions import ConfigurationError
 
@@ -24,7 +22,7 @@ EXTENSION_TYPES = "SELECT typname, oid, typarray FROM pg_type WHERE typname IN (
 
 
 class Session:
-    """What Django makes of a new psycopg2 connection, for connections that it does not open itself."""
+    """What Django makes of a new connection, for connections that it does not open itself."""
 
     def __init__(self, wrapper: Any) -> None:
         options = wrapper.settings_dict["OPTIONS"]
@@ -34,53 +32,23 @@ class Session:
         _check_isolation_level(wrapper.alias, options.get("isolation_level"))
         _warn_of_receivers(wrapper)
 
-    def parameters(self) -> dict[str, Any]:
-        """For ``psycopg2.connect``, host names looked up. Blocks."""
-        params = self.wrapper.get_connection_params()
-        params["cursor_factory"] = self._cursor_class(params["cursor_factory"])
-        return with_addresses(params)
-
-    def adopt(self, raw: Any) -> None:
-        """What needs no statement. Raises Django's NotSupportedError for a server that is too old for it."""
-        # JSON is decoded by the field, once.
-        extras.register_default_jsonb(conn_or_curs=raw, loads=_unchanged)
-        self.wrapper.pg_version = raw.server_version
+    def check_server(self, version: int) -> None:
+        """Raises Django's NotSupportedError for a server that is too old for it."""
+        self.wrapper.pg_version = version
         self.wrapper.check_database_version_supported()
 
-    def statements(self, raw: Any) -> Iterable[tuple[str, list[Any]]]:
-        """To be run before anything else."""
-        timezone = self.wrapper.timezone_name
-        if timezone and raw.get_parameter_status("TimeZone") != timezone:
-            yield self.wrapper.ops.set_time_zone_sql(), [timezone]
+    def statements(self, timezone: str | None) -> Iterable[tuple[str, list[Any]]]:
+        """To be run before anything else; ``timezone`` is what the connection has already."""
+        wanted = self.wrapper.timezone_name
+        if wanted and timezone != wanted:
+            yield self.wrapper.ops.set_time_zone_sql(), [wanted]
         if self.role:
             yield "SET ROLE %s", [self.role]
 
     @property
     def wants_extension_types(self) -> bool:
-        """Whether the rows of EXTENSION_TYPES are to be given to `register_types`, as django.contrib.postgres does."""
+        """Whether the types in the rows of EXTENSION_TYPES are to be registered, as django.contrib.postgres does."""
         return apps.is_installed("django.contrib.postgres")
-
-    def register_types(self, raw: Any, types: Iterable[tuple[str, int, int]]) -> None:
-        for name, oid, array_oid in types:
-            if name == "hstore":
-                extras.register_hstore(raw, oid=(oid,), array_oid=(array_oid,))
-            else:
-                array = extensions.new_array_type((array_oid,), "citext[]", extensions.UNICODE)
-                extensions.register_type(array, raw)
-
-    def _cursor_class(self, base: Any) -> Any:
-        tzinfo_factory = self.wrapper.tzinfo_factory if settings.USE_TZ else None
-
-        class Cursor(base):  # type: ignore[misc]
-            def __init__(self, *args: Any, **kwargs: Any) -> None:
-                super().__init__(*args, **kwargs)
-                self.tzinfo_factory = tzinfo_factory
-
-        return Cursor
-
-
-def _unchanged(value: str) -> str:
-    return value
 
 
 def _check_isolation_level(alias: str, level: Any) -> None:
