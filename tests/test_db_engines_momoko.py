@@ -28,8 +28,8 @@ from tests.database import QUERYSETS, Watcher, differences, fill, opened, outcom
 from tests.postgres import Postgres
 from tornjango import db
 from tornjango.db import pools
-from tornjango.db.engines import momoko, session
-from tornjango.db.engines.base import SLICE
+from tornjango.db.engines import base, cancel, session
+from tornjango.db.fetching import SLICE
 from tornjango.exceptions import Overloaded
 
 Fetch = Callable[[Any], list[Any]]
@@ -252,9 +252,8 @@ async def test_a_query_cancelled_at_any_moment_costs_no_connection(database: Non
 async def test_a_connection_whose_statement_cannot_be_cancelled_is_given_up(
     database: None, watcher: Watcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(momoko, "CANCEL_TIMEOUT", 0.05)
-    never = asyncio.get_running_loop().create_future()
-    monkeypatch.setattr(momoko.Connection, "cancel", lambda self, statement: never)
+    monkeypatch.setattr(base, "CANCEL_TIMEOUT", 0.05)
+    monkeypatch.setattr(cancel, "prepare", lambda connection: lambda: None)
     async with opened(POOL_SIZE=1):
         before = await pid()
         task = start("select pg_sleep(60)")
@@ -372,14 +371,17 @@ async def test_closing_while_connecting_leaves_nothing(database: None) -> None:
 async def test_closing_does_not_wait_for_a_server_that_is_frozen(
     own_postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(momoko, "CANCEL_TIMEOUT", 0.05)
+    monkeypatch.setattr(base, "CANCEL_TIMEOUT", 0.05)
     async with opened():
         await pid("own")
         own_postgres.freeze()
         tasks = [start("select 1", alias="own") for _ in range(3)]
         await asyncio.sleep(0)
     errors = await asyncio.gather(*tasks, return_exceptions=True)
-    assert [type(error) for error in errors] == [InterfaceError] * 3
+    assert sorted(type(error).__name__ for error in errors) == [
+        *("InterfaceError", "InterfaceError"),
+        "OperationalError",
+    ]
 
 
 def test_a_pool_of_another_loop_says_so(database: None, io_loop: IOLoop) -> None:
@@ -446,7 +448,7 @@ async def test_a_restart_under_load_loses_no_connection_and_repeats_no_statement
 async def test_callers_of_a_frozen_server_get_their_time_out(
     own_postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(momoko, "CANCEL_TIMEOUT", 0.1)
+    monkeypatch.setattr(base, "CANCEL_TIMEOUT", 0.1)
     async with opened(POOL_SIZE=2, POOL_TIMEOUT=0.3):
         await pid("own")
         own_postgres.freeze()

@@ -6,8 +6,10 @@ from contextlib import asynccontextmanager
 from typing import Any, ClassVar, NamedTuple
 
 from django.db import connections
+from django.db.utils import NotSupportedError
 
 from tornjango.db.compiler import Params, Row
+from tornjango.db.engines.notices import Listener
 
 #: How long a cancelled statement may take to end, in seconds, before its connection is given up.
 CANCEL_TIMEOUT = 5.0
@@ -141,6 +143,16 @@ class Engine(ABC):
         """``sql`` with ``params`` in it, quoted by the driver."""
         async with self.leased() as lease:
             return await lease.mogrify(sql, params)
+
+    def listen(self, *channels: str) -> Listener:
+        """What comes on channels of PostgreSQL's (LISTEN), over a connection beside the pool, which all listeners share.
+
+        Raises ValueError for a name that is none of PostgreSQL's, and NotSupportedError on a database without channels.
+        """
+        raise NotSupportedError(
+            f"Nobody can listen to database {self.alias!r}: its engine is {self.name!r}. Listening takes PostgreSQL, the "
+            "engine momoko or psycopg, and a process with open pools: one that tornjango serves, or pools.open()."
+        )
 
     @abstractmethod
     def status(self) -> dict[str, Any]:

@@ -22,6 +22,9 @@ _background: set[asyncio.Task[None]] = set()
 class Connection(ABC):
     """A driver's connection to PostgreSQL, as a lease uses it. Errors are the driver's."""
 
+    #: The one that runs, or ran last.
+    statement: asyncio.Future[Any] | None = None
+
     @property
     @abstractmethod
     def lost(self) -> bool:

@@ -16,13 +16,11 @@ from __future__ import annotations
 
 import asyncio
 import select
-from functools import partial
+from collections.abc import Iterable
 from typing import Any
-from weakref import WeakSet
 
 import momoko
 import psycopg2
-from django.db.transaction import TransactionManagementError
 from django.db.utils import InterfaceError
 from psycopg2 import extensions
 from tornado.ioloop import IOLoop
@@ -32,12 +30,12 @@ from tornjango.db.compiler import Params, Row
 from tornjango.db.engines import base, cancel, lease
 from tornjango.db.engines.aside import aside
 from tornjango.db.engines.backoff import Backoff
-from tornjango.db.engines.base import Engine, Result
-from tornjango.db.engines.gate import Gate
-from tornjango.db.engines.lease import PoolLease
+from tornjango.db.engines.base import Result
 from tornjango.db.engines.momoko_session import MomokoSession
+from tornjango.db.engines.notices import Notice, NoticeConnection
+from tornjango.db.engines.postgres import PostgresEngine
+from tornjango.db.engines.readiness import ready
 from tornjango.db.engines.session import EXTENSION_TYPES
-from tornjango.db.engines.stream import CursorStream
 
 # Rows made of what the server sent before other tasks get their turn: a few milliseconds.
 SLICE = 1000
@@ -56,77 +54,13 @@ class _NoParams(tuple[Any, ...]):
 NO_PARAMS = _NoParams()
 
 
-class MomokoEngine(Engine):
-    """A pool of up to ``POOL_SIZE`` connections, opened as they are needed.
-
-    When the server goes away, callers wait for it within ``POOL_TIMEOUT``; on a pool that never could connect they are
-    told at once. ``OperationalError`` says why there is no connection, ``Overloaded`` that others hold them all.
-    """
-
+class MomokoEngine(PostgresEngine["Connection"]):
     name = "momoko"
 
     def __init__(self, alias: str, config: Config) -> None:
-        super().__init__(alias)
+        super().__init__(alias, config)
         self._session = MomokoSession(self.wrapper)
-        self._gate = Gate(
-            f"database {alias!r}",
-            size=config.POOL_SIZE,
-            queue=config.POOL_QUEUE,
-            timeout=config.POOL_TIMEOUT,
-        )
         self._made_pool: Pool | None = None
-        self._leases: WeakSet[PoolLease] = WeakSet()
-        self._drains: set[asyncio.Task[None]] = set()
-        self._closed = False
-
-    async def open(self) -> None:
-        with self.wrapper.wrap_database_errors:
-            self._release(await self._acquire())
-
-    async def execute(self, sql: str, params: Params = None) -> Result:
-        with self.wrapper.wrap_database_errors:
-            return await self._run(await self._acquire(), sql, params)
-
-    async def begin(self) -> PoolLease:
-        with self.wrapper.wrap_database_errors:
-            connection = await self._acquire()
-            lease = await PoolLease.begin(
-                self.wrapper, connection, partial(self._release, connection)
-            )
-        self._leases.add(lease)
-        return lease
-
-    async def stream(self, sql: str, params: Params = None) -> CursorStream:
-        return await CursorStream.of_query(await self.begin(), sql, params)
-
-    async def mogrify(self, sql: str, params: Params) -> bytes:
-        with self.wrapper.wrap_database_errors:
-            connection = await self._acquire()
-            try:
-                return connection.mogrify(sql, params)
-            finally:
-                self._release(connection)
-
-    async def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self._gate.close(InterfaceError)
-        if self._made_pool is not None:
-            await self._made_pool.stop_connecting()
-            await self._end_statements(self._made_pool)
-            self._made_pool.close()
-
-    def status(self) -> dict[str, Any]:
-        return {
-            "engine": self.name,
-            "size": self._gate.size,
-            "in_use": self._gate.inside,
-            "waiting": self._gate.waiting,
-            **(self._made_pool.counts() if self._made_pool else NOTHING),
-        }
-
-    # A connection for one caller
 
     @property
     def _pool(self) -> Pool:
@@ -140,7 +74,6 @@ class MomokoEngine(Engine):
         return self._made_pool
 
     async def _acquire(self) -> Connection:
-        """A connection that is alive; it is given to `_release`, or to `_abandon`."""
         pool = self._pool
         deadline = pool.loop.time() + self._gate.timeout
         await self._gate.enter()
@@ -172,58 +105,25 @@ class MomokoEngine(Engine):
         self._pool.putconn(connection)
         self._gate.leave()
 
-    # A statement on it
+    def _busy(self) -> Iterable[Connection]:
+        return list(self._made_pool.conns.busy) if self._made_pool else ()
 
-    async def _run(self, connection: Connection, sql: str, params: Params) -> Result:
-        statement = None
-        try:
-            statement = connection.start(sql, params)
-            outcome = await asyncio.shield(statement)
-            self._refuse_transaction(connection, sql)
-            result = await connection.result(outcome)
-        except asyncio.CancelledError:
-            assert statement is not None
-            self._abandon(connection, statement)
-            raise
-        except BaseException:
-            self._release(connection)
-            raise
-        self._release(connection)
-        return result
+    async def _stop_connecting(self) -> None:
+        if self._made_pool:
+            await self._made_pool.stop_connecting()
 
-    def _refuse_transaction(self, connection: Connection, sql: str) -> None:
-        if connection.in_transaction:
-            raise TransactionManagementError(
-                f"{sql[:80]!r} left a transaction open on database {self.alias!r}; it is rolled back. "
-                "A connection is held for one statement: for more, use db.atomic(), or transaction.atomic() in sync code."
-            )
+    def _close_idle(self) -> None:
+        if self._made_pool:
+            self._made_pool.close()
 
-    def _abandon(self, connection: Connection, statement: asyncio.Future[Any]) -> None:
-        drain = self._pool.loop.create_task(self._drain(connection, statement))
-        self._drains.add(drain)
-        drain.add_done_callback(self._drains.discard)
+    def _counts(self) -> dict[str, int]:
+        return self._made_pool.counts() if self._made_pool else NOTHING
 
-    async def _drain(self, connection: Connection, statement: asyncio.Future[Any]) -> None:
-        """Ends a statement that nobody waits for. Only then is the connection free, or else given up."""
-        try:
-            await connection.stop(statement)
-        finally:
-            self._release(connection)
-
-    async def _end_statements(self, pool: Pool) -> None:
-        for held in list(self._leases):
-            held.revoke(
-                f"The pool of database {self.alias!r} was closed in a transaction, which was rolled back."
-            )
-        running = list(pool.conns.busy)
-        try:
-            async with asyncio.timeout(base.CANCEL_TIMEOUT):
-                await asyncio.gather(*(it.stop(it.statement) for it in running if it.statement))
-                await self._gate.emptied()
-        except TimeoutError:
-            for connection in list(pool.conns.busy):
-                connection.discard()
-            await self._gate.emptied()
+    async def _connect_for_notices(self) -> NoticeConnection:
+        connection = Connection(self._pool)
+        with self.wrapper.wrap_database_errors:
+            await self._pool.establish(connection)
+        return _NoticeConnection(self.wrapper, connection)
 
 
 class Pool(momoko.Pool):  # type: ignore[misc]
@@ -279,29 +179,36 @@ class Pool(momoko.Pool):  # type: ignore[misc]
             return psycopg2.OperationalError("The server did not take a connection in time.")
         return type(self._last_error)(*self._last_error.args)
 
+    async def establish(self, connection: Connection) -> None:
+        """Raises what keeps the connection from being made, which is closed then."""
+        try:
+            async with asyncio.timeout(self.session.connect_timeout):
+                await connection.establish()
+        except (OSError, psycopg2.OperationalError) as exc:
+            connection.discard()
+            raise self._named(exc) from exc
+        except BaseException:
+            connection.discard()
+            raise
+
     async def _connected(self, connection: Connection) -> Connection:
         """Raises errors of psycopg2 only: momoko expects no others, and tells nobody what they were."""
         try:
             await self.backoff.wait()
-            async with asyncio.timeout(self.session.connect_timeout):
-                await connection.establish()
+            await self.establish(connection)
         except (Exception, asyncio.CancelledError) as exc:
-            connection.discard()
             self.backoff.failed()
-            self._last_error = self._as_django_knows_it(exc)
+            self._last_error = exc
             raise psycopg2.OperationalError(str(exc)) from exc
         self.backoff.succeeded()
         self.connected_before = True
         self._last_error = None
         return connection
 
-    def _as_django_knows_it(self, exc: BaseException) -> BaseException:
-        reason = str(exc)
+    def _named(self, exc: Exception) -> psycopg2.OperationalError:
+        alias, reason = self.session.wrapper.alias, str(exc)
         if isinstance(exc, TimeoutError):
             reason = f"The server did not answer in {self.session.connect_timeout:g} seconds."
-        elif not isinstance(exc, (OSError, psycopg2.OperationalError)):
-            return exc
-        alias = self.session.wrapper.alias
         return psycopg2.OperationalError(f"Cannot connect to database {alias!r}: {reason}")
 
     def _take_back(self, future: asyncio.Future[Connection]) -> None:
@@ -327,8 +234,6 @@ class Connection(momoko.Connection, lease.Connection):  # type: ignore[misc]
     """momoko's connection, with a psycopg2 connection that is replaced after `discard`."""
 
     connection: Any
-    #: The one that runs, or ran last.
-    statement: asyncio.Future[Any] | None = None
 
     def __init__(self, pool: Pool) -> None:
         super().__init__("", ioloop=pool.ioloop)
@@ -415,25 +320,31 @@ class Connection(momoko.Connection, lease.Connection):  # type: ignore[misc]
         connection = self.connection = psycopg2.connect(**params, async_=True)
         while (state := connection.poll()) != extensions.POLL_OK:
             # libpq takes a new socket for each address and each try at encryption.
-            await _ready(connection.fileno(), write=state == extensions.POLL_WRITE)
+            await ready(connection.fileno(), write=state == extensions.POLL_WRITE)
         self.fileno = connection.fileno()
         self.server_version = connection.server_version
         self._readable = select.poll()
         self._readable.register(self.fileno, select.POLLIN)
 
 
-async def _ready(fd: int, *, write: bool) -> None:
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[None] = loop.create_future()
-    add = loop.add_writer if write else loop.add_reader
-    remove = loop.remove_writer if write else loop.remove_reader
-    add(fd, _set, future)
-    try:
-        await future
-    finally:
-        remove(fd)
+class _NoticeConnection(NoticeConnection):
+    def __init__(self, wrapper: Any, connection: Connection) -> None:
+        self._wrapper = wrapper
+        self._connection = connection
 
+    async def execute(self, sql: str) -> None:
+        with self._wrapper.wrap_database_errors:
+            await asyncio.shield(self._connection.start(sql, None))
 
-def _set(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+    def fileno(self) -> int:
+        return self._connection.fileno
+
+    def drain(self) -> list[Notice]:
+        raw = self._connection.connection
+        with self._wrapper.wrap_database_errors:
+            raw.poll()
+        found, raw.notifies[:] = list(raw.notifies), []
+        return [Notice(it.channel, it.payload, it.pid) for it in found]
+
+    def close(self) -> None:
+        self._connection.discard()

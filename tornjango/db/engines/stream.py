@@ -19,7 +19,7 @@ class CursorLease(Lease):
     def aborted(self) -> bool:
         """Whether the server would refuse all but a rollback: after an error, or when the connection is lost."""
 
-    async def stream(self, sql: str, params: Params = None) -> CursorStream:
+    async def stream(self, sql: str, params: Params = None) -> Stream:
         return await CursorStream.declare(self, sql, params)
 
 
