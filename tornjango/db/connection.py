@@ -19,7 +19,7 @@ from asgiref.sync import iscoroutinefunction
 from django.db import connections
 from django.db.backends.utils import debug_transaction
 from django.db.transaction import TransactionManagementError
-from django.db.utils import InterfaceError, NotSupportedError, ProgrammingError
+from django.db.utils import Error, InterfaceError, NotSupportedError, ProgrammingError
 
 from tornjango import green
 from tornjango.db.compiler import Params, Row
@@ -277,7 +277,8 @@ class PoolWrapper:
         self.connection.set_autocommit(autocommit)
 
     def _start_transaction_under_autocommit(self) -> None:
-        self.connection.set_autocommit(False)
+        with debug_transaction(self, "BEGIN"):
+            self.connection.set_autocommit(False)
 
     # Cancelled in the middle, a transaction would have an end that nobody knows, or hooks that never run.
 
@@ -300,8 +301,26 @@ class PoolWrapper:
             self.connection.close()
 
     def is_usable(self) -> bool:
-        """A pool replaces connections by itself; what is lost is a transaction, and its statements say so."""
-        return self.connection is not None
+        """Whether statements can be sent. A pool replaces connections by itself, but not that of a transaction."""
+        if self.connection is None or self.connection.lease is None:
+            return self.connection is not None
+        try:
+            self.connection.cursor().execute("SELECT 1")
+        except Error:
+            return False
+        return True
+
+    def copy(self, alias: str | None = None) -> Any:
+        """A wrapper that is in no transaction, over the same engine."""
+        copy: Any = super().copy(alias)  # type: ignore[misc]
+        copy.engine = self.engine
+        return copy
+
+    def _nodb_cursor(self) -> NoReturn:
+        raise NotSupportedError(
+            "In green code there is no connection to a server without its database: the pool is of the one database. "
+            "Use a command, or a sync view in a worker thread."
+        )
 
     def ensure_timezone(self) -> bool:
         return False
