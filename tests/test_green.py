@@ -232,7 +232,7 @@ async def test_a_scope_is_shared_by_calls_within_calls_and_releases_at_the_end()
     released: list[str] = []
 
     def hold(name: str) -> Any:
-        scope = green.scope.get()
+        scope = green.current()
         assert scope is not None
         scope.resources[name] = _Held(name, released)
         return scope
@@ -245,16 +245,16 @@ async def test_a_scope_is_shared_by_calls_within_calls_and_releases_at_the_end()
 
     assert await green.run(outer)
     assert released == ["inner", "outer"]
-    assert green.scope.get() is None
+    assert green.current() is None
 
 
 @pytest.mark.gen_test
 async def test_another_task_has_another_scope() -> None:
     def outer() -> Any:
         async def in_task() -> Any:
-            return await asyncio.create_task(green.run(green.scope.get))
+            return await asyncio.create_task(green.run(green.current))
 
-        return green.scope.get(), green.wait(in_task())
+        return green.current(), green.wait(in_task())
 
     own, others = await green.run(outer)
     assert others is not own

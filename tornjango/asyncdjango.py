@@ -74,7 +74,7 @@ async def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
 
     In any other, in a thread, with Django's own connection of the caller.
     """
-    if _replaced and not _for_a_thread():
+    if _replaced and (green.current() is not None or not _for_a_thread()):
         return await green.run(fn, *args, **kwargs)
     return await asgiref.sync.sync_to_async(fn)(*args, **kwargs)
 
@@ -154,4 +154,3 @@ def _aside(hasher: Any) -> Any:
     for name in ("encode", "verify", "harden_runtime"):
         setattr(hasher, name, green.blocking(getattr(hasher, name)))
     return hasher
-

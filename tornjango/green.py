@@ -15,7 +15,7 @@ import contextlib
 import contextvars
 import threading
 from asyncio.events import _set_running_loop
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial, wraps
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
@@ -37,7 +37,7 @@ class Scope:
     ``resources`` are for the modules that green code waits on; each is released at the end, in reverse order.
     """
 
-    __slots__ = ("ended", "lock", "outer", "resources", "task")
+    __slots__ = ("ended", "lock", "outer", "resources", "task", "task_was_known")
 
     def __init__(self, task: asyncio.Task[Any] | None, outer: Scope | None) -> None:
         self.task = task
@@ -47,9 +47,29 @@ class Scope:
         self.ended = False
         #: Where several tasks share the scope: held by the one whose turn it is.
         self.lock: TaskLock | None = None
+        self.task_was_known = False
 
     def admits(self, task: asyncio.Task[Any] | None) -> bool:
         return not self.ended and (self.task is task or self.lock is not None)
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[bool]:
+        """For a scope that tasks share: the others wait while a task is in here. False if it has ended meanwhile.
+
+        Inside, the scope is the task's own: to tasks that it starts there, and would wait for, it is another task's.
+        """
+        assert self.lock is not None
+        async with self.lock:
+            if self.ended:
+                yield False
+                return
+            own = Scope(asyncio.current_task(), self)
+            own.resources = self.resources
+            enter(own)
+            try:
+                yield True
+            finally:
+                leave(own)
 
     async def end(self) -> None:
         """Releases everything, even if the task is cancelled meanwhile."""
@@ -70,25 +90,87 @@ class TaskLock:
         self._lock = asyncio.Lock()
         self._owner: asyncio.Task[Any] | None = None
         self._depth = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     async def __aenter__(self) -> None:
         task = asyncio.current_task()
+        assert task is not None
         if self._owner is not task:
-            await self._lock.acquire()
+            self._tasks.add(task)
+            try:
+                await self._lock.acquire()
+            except BaseException:
+                self._tasks.discard(task)
+                raise
             self._owner = task
         self._depth += 1
 
     async def __aexit__(self, *exc: object) -> None:
         self._depth -= 1
         if not self._depth:
+            assert self._owner is not None
+            self._tasks.discard(self._owner)
             self._owner = None
             self._lock.release()
 
+    def cancel_others(self) -> None:
+        """Cancels the tasks that hold the lock or wait for it, but the running one."""
+        for task in self._tasks - {asyncio.current_task()}:
+            task.cancel()
 
-#: The scope that code in this context belongs to, if any.
-scope: contextvars.ContextVar[Scope | None] = contextvars.ContextVar(
+
+#: The scope that the code of a context is in, unless its task is known to be in another one.
+_inherited: contextvars.ContextVar[Scope | None] = contextvars.ContextVar(
     "tornjango.green", default=None
 )
+
+# The callbacks of a deferred view are tasks that share one context: what one sets there, the others would find.
+_of_task: dict[asyncio.Task[Any] | None, Scope | None] = {}
+
+
+def current() -> Scope | None:
+    """The scope that the caller is in, if any; whether it admits the caller's task is to be asked."""
+    running = getcurrent()
+    if isinstance(running, _Green):
+        return running.scope
+    try:
+        return _of_task[asyncio.current_task()]
+    except KeyError:
+        return _inherited.get()
+
+
+class _Compat:
+    get = staticmethod(current)
+
+
+scope = _Compat()
+
+
+def enter(scope: Scope) -> None:
+    """From now on ``scope`` is the one of its task, which is running, and of the tasks that it starts."""
+    scope.task_was_known = scope.task in _of_task
+    _of_task[scope.task] = scope
+    _inherited.set(scope)
+
+
+def leave(scope: Scope) -> None:
+    """The scope has ended; its task is in the outer one again."""
+    scope.ended = True
+    _inherited.set(scope.outer)
+    if scope.task_was_known:
+        _of_task[scope.task] = scope.outer
+    else:
+        _of_task.pop(scope.task, None)
+
+
+def adopt(task: asyncio.Task[Any]) -> None:
+    """For a task in a context that others share: it is in the scope that the caller is in."""
+    _of_task[task] = current()
+    task.add_done_callback(_forget)
+
+
+def _forget(task: asyncio.Task[Any]) -> None:
+    _of_task.pop(task, None)
 
 
 class _Green(greenlet):
@@ -98,6 +180,7 @@ class _Green(greenlet):
     """
 
     driver: greenlet
+    scope: Scope | None
     fn: Callable[..., Any] | None
     args: Any
     kwargs: Any
@@ -147,31 +230,31 @@ def wait(awaitable: Awaitable[T]) -> T:
 
     Raises ``CancelledError`` when the task is cancelled, and RuntimeError outside of `run`.
     """
-    current = getcurrent()
-    if not isinstance(current, _Green):
+    running = getcurrent()
+    if not isinstance(running, _Green):
         if asyncio.iscoroutine(awaitable):
             awaitable.close()
         raise RuntimeError("green.wait() is for sync code that green.run() runs.")
-    if current.cancelled is not None and not current.shields:
+    if running.cancelled is not None and not running.shields:
         if asyncio.iscoroutine(awaitable):
             awaitable.close()
-        cancelled, current.cancelled = current.cancelled, None
+        cancelled, running.cancelled = running.cancelled, None
         raise cancelled
-    return cast(T, current.driver.switch(awaitable))
+    return cast(T, running.driver.switch(awaitable))
 
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
     """For what must not be left half done: inside, a wait is not cancelled, and a cancellation is met after the block."""
-    current = getcurrent()
-    if not isinstance(current, _Green):
+    running = getcurrent()
+    if not isinstance(running, _Green):
         yield
         return
-    current.shields += 1
+    running.shields += 1
     try:
         yield
     finally:
-        current.shields -= 1
+        running.shields -= 1
 
 
 async def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -180,29 +263,33 @@ async def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     Calls within calls, and all those inside ``async with db.atomic()``, share their database connections; two that run
     at once never do. Cancelled, the code meets ``CancelledError`` where it waits.
     """
-    outer = scope.get()
-    if outer is not None and outer.admits(asyncio.current_task()):
+    task = asyncio.current_task()
+    outer = current()
+    if outer is not None and outer.admits(task):
         if outer.lock is None:
-            return await _drive(fn, args, kwargs)
-        async with outer.lock:
-            return await _drive(fn, args, kwargs)
-    own = Scope(asyncio.current_task(), outer)
-    token = scope.set(own)
+            return await _drive(outer, fn, args, kwargs)
+        async with outer.turn() as admitted:
+            if admitted:
+                return await _drive(current(), fn, args, kwargs)
+    own = Scope(task, outer)
+    enter(own)
     try:
-        return await _drive(fn, args, kwargs)
+        return await _drive(own, fn, args, kwargs)
     finally:
-        if own.resources:
-            await own.end()
-        own.ended = True
-        scope.reset(token)
+        try:
+            if own.resources:
+                await own.end()
+        finally:
+            leave(own)
 
 
-async def _drive(fn: Callable[..., T], args: Any, kwargs: Any) -> T:
+async def _drive(scope: Scope | None, fn: Callable[..., T], args: Any, kwargs: Any) -> T:
     loop = asyncio.get_running_loop()
-    current = getcurrent()
+    driver = getcurrent()
     green = _idle.greens.pop() if _idle.greens else _Green()
-    green.driver = current
-    green.gr_context = current.gr_context
+    green.driver = driver
+    green.scope = scope
+    green.gr_context = driver.gr_context
     green.fn, green.args, green.kwargs, green.error = fn, args, kwargs, None
     green.idle, green.shields, green.cancelled = False, 0, None
     step: Callable[[Any], Any] = _start
@@ -225,7 +312,7 @@ async def _drive(fn: Callable[..., T], args: Any, kwargs: Any) -> T:
     error, green.error = green.error or green.cancelled, None
     green.cancelled = None
     green.gr_context = None
-    del green.driver
+    del green.driver, green.scope
     if len(_idle.greens) < KEPT:
         _idle.greens.append(green)
     if error is None:

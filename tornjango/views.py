@@ -21,6 +21,7 @@ from django.utils.log import log_response
 from tornjango import responses, shortcuts
 from tornjango.conf import get_config
 from tornjango.exceptions import Overloaded
+from tornjango.green import adopt
 from tornjango.responses import DeferredResponse
 
 logger = logging.getLogger("tornjango.views")
@@ -213,6 +214,7 @@ class _Call:
 
     def _start(self, work: Coroutine[Any, Any, Any], done: Callable[[Any], None]) -> None:
         task = self.loop.create_task(work, context=self.response.context)
+        adopt(task)
         self.response.track(task)
         task.add_done_callback(functools.partial(self._done, done), context=self.response.context)
 

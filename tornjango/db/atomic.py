@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 from functools import wraps
 from types import TracebackType
 from typing import ParamSpec, TypeVar
@@ -64,19 +65,94 @@ class atomic:
 
     async def _enter_scope(self) -> None:
         task = asyncio.current_task()
-        outer = green.scope.get()
+        outer = green.current()
         self._own: green.Scope | None = None
-        self._lock: green.TaskLock | None = None
-        if outer is None or not outer.admits(task):
-            self._own = green.Scope(task, outer)
-            green.scope.set(self._own)
-        elif outer.lock is not None:
-            await outer.lock.__aenter__()
-            self._lock = outer.lock
+        self._turn: AbstractAsyncContextManager[bool] | None = None
+        if outer is not None and outer.admits(task):
+            if outer.lock is None:
+                return
+            turn = outer.turn()
+            if await turn.__aenter__():
+                self._turn = turn
+                return
+            await turn.__aexit__(None, None, None)
+        self._own = green.Scope(task, outer)
+        green.enter(self._own)
 
     async def _leave_scope(self) -> None:
         if self._own is not None:
-            green.scope.set(self._own.outer)
-            await self._own.end()
-        elif self._lock is not None:
-            await self._lock.__aexit__(None, None, None)
+            try:
+                await self._own.end()
+            finally:
+                green.leave(self._own)
+        elif self._turn is not None:
+            await self._turn.__aexit__(None, None, None)
+
+
+class shared_atomic:
+    """Transactions for a piece of work that starts tasks of its own, a request: these are in them too.
+
+    They take turns, statement by statement, or for the length of an ``async with db.atomic()`` of theirs. At the end
+    whoever is in the middle of something is waited for; what is still to come from them is no more in the transactions.
+    Cancelled while it waits, it cancels those it waits for, and rolls back.
+    """
+
+    def __init__(self, aliases: Iterable[str]) -> None:
+        self._aliases = aliases
+
+    async def __aenter__(self) -> None:
+        self._scope = green.Scope(asyncio.current_task(), green.current())
+        self._atomics = AsyncExitStack()
+        green.enter(self._scope)
+        try:
+            for alias in self._aliases:
+                await self._atomics.enter_async_context(atomic(alias))
+        except BaseException as exc:
+            await self._end(type(exc), exc, exc.__traceback__)
+            raise
+        self._scope.lock = green.TaskLock()
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._scope.lock is not None
+        cancelled = await self._wait_for(self._scope.lock)
+        try:
+            if cancelled is not None and exc is None:
+                await self._end(type(cancelled), cancelled, cancelled.__traceback__)
+            else:
+                await self._end(exc_type, exc, traceback)
+        finally:
+            await self._scope.lock.__aexit__()
+        if cancelled is not None:
+            raise cancelled
+
+    async def _wait_for(self, lock: green.TaskLock) -> asyncio.CancelledError | None:
+        cancelled = None
+        while True:
+            try:
+                await lock.__aenter__()
+            except asyncio.CancelledError as exc:
+                cancelled = exc
+                lock.cancel_others()
+            else:
+                return cancelled
+
+    async def _end(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Commits or rolls back each of them, and leaves the scope."""
+        try:
+            async with self._scope.turn() if self._scope.lock else nullcontext():
+                await self._atomics.__aexit__(exc_type, exc, traceback)
+        finally:
+            try:
+                await self._scope.end()
+            finally:
+                green.leave(self._scope)

@@ -41,6 +41,7 @@ class PoolConnection:
         self.autocommit = True
         self.closed = False
         self.lease: Lease | None = None
+        self._in_turn: InTurn | None = None
 
     async def execute(self, sql: str, params: Params = None) -> Result:
         """As an engine's: in the transaction, unless in autocommit."""
@@ -86,6 +87,12 @@ class PoolConnection:
         if lease is not None:
             lease.abandon()
 
+    def in_turn(self, scope: green.Scope, alias: str) -> InTurn:
+        """This connection for the tasks that share ``scope``."""
+        if self._in_turn is None or not self._in_turn.is_of(scope):
+            self._in_turn = InTurn(self, scope, alias)
+        return self._in_turn
+
     async def _begin(self) -> Lease:
         self.lease = await self.engine.begin()
         return self.lease
@@ -95,6 +102,28 @@ class PoolConnection:
             f"{name!r}: in green code a database connection is one of many of a pool, and not the driver's own. "
             "Use cursors; or a sync view, in a worker thread."
         )
+
+
+class InTurn:
+    """The connection of a transaction that tasks share: a statement waits until nobody else is at it."""
+
+    def __init__(self, connection: PoolConnection, scope: green.Scope, alias: str) -> None:
+        self._connection = connection
+        self._scope = scope
+        self._alias = alias
+
+    def is_of(self, scope: green.Scope) -> bool:
+        return self._scope is scope
+
+    async def execute(self, sql: str, params: Params = None) -> Result:
+        async with self._scope.turn():
+            return await self._target().execute(sql, params)
+
+    def _target(self) -> PoolConnection | Engine:
+        """The transaction may have ended while its turn was waited for."""
+        found = transaction(self._alias)
+        assert not isinstance(found, InTurn)
+        return self._connection.engine if found is None else found
 
 
 class Cursor:
@@ -426,13 +455,13 @@ class Connections:
             return self._of_scope(alias)
         if asyncio._get_running_loop() is None:
             return getattr(self._threads, alias)
-        scope = green.scope.get()
+        scope = green.current()
         if scope is not None and alias in scope.resources and scope.admits(asyncio.current_task()):
             return scope.resources[alias]
         return self._unconnected.get(alias) or self._make_unconnected(alias)
 
     def _of_scope(self, alias: str) -> Any:
-        scope = green.scope.get()
+        scope = green.current()
         assert scope is not None
         wrapper = scope.resources.get(alias)
         if wrapper is None:
@@ -455,7 +484,7 @@ class Connections:
 
     def __setattr__(self, alias: str, value: Any) -> None:
         if green.active():
-            scope = green.scope.get()
+            scope = green.current()
             assert scope is not None
             scope.resources[alias] = value
         else:
@@ -463,7 +492,7 @@ class Connections:
 
     def __delattr__(self, alias: str) -> None:
         if green.active():
-            scope = green.scope.get()
+            scope = green.current()
             assert scope is not None
             scope.resources.pop(alias, None)
         else:
@@ -481,12 +510,12 @@ def uninstall() -> None:
     connections._connections = storage._threads  # type: ignore[attr-defined]
 
 
-def transaction(alias: str) -> PoolConnection | None:
+def transaction(alias: str) -> PoolConnection | InTurn | None:
     """The connection of the transaction that the running task has open on a database; None if it has none.
 
     Raises TransactionManagementError when the transaction around the caller is another task's.
     """
-    scope = green.scope.get()
+    scope = green.current()
     if scope is None:
         return None
     if not scope.admits(asyncio.current_task()):
@@ -496,8 +525,10 @@ def transaction(alias: str) -> PoolConnection | None:
     if wrapper is None or not wrapper.in_transaction:
         _refuse(scope.outer, alias)
         return None
-    wrapper.validate_no_broken_transaction()
     connection: PoolConnection = wrapper.connection
+    if scope.lock is not None:
+        return connection.in_turn(scope, alias)
+    wrapper.validate_no_broken_transaction()
     return connection
 
 

@@ -13,7 +13,7 @@ from django.db.models import prefetch_related_objects
 from tornjango import asyncdjango
 from tornjango.db import connection, pools
 from tornjango.db.compiler import AnyQuerySet, Compiled, compile, unevaluated
-from tornjango.db.connection import PoolConnection
+from tornjango.db.connection import InTurn, PoolConnection
 from tornjango.db.engines.base import Engine, Result
 
 P = ParamSpec("P")
@@ -23,7 +23,7 @@ T = TypeVar("T")
 SLICE = 1000
 
 
-def executor(alias: str) -> PoolConnection | Engine:
+def executor(alias: str) -> PoolConnection | InTurn | Engine:
     """Where a statement of the running task goes: into its transaction, if one is open, or to the pool.
 
     Raises TransactionManagementError inside a transaction of another task.

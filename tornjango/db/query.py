@@ -9,6 +9,7 @@ from django.db.models import Manager, QuerySet
 from django.db.models.query import RawQuerySet
 from django.db.utils import DEFAULT_DB_ALIAS
 
+from tornjango import green
 from tornjango.db import connection, fetching
 from tornjango.db.compiler import AnyQuerySet, Params, Row
 from tornjango.db.engines.base import Result
@@ -224,6 +225,7 @@ def _spawn(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     if response is None:
         return loop.create_task(work)
     task = loop.create_task(work, context=response.context)
+    green.adopt(task)
     response.track(task)
     return task
 
