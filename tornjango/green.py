@@ -186,8 +186,9 @@ class _Green(greenlet):
     kwargs: Any
     error: BaseException | None
     idle: bool
-    #: How many `shielded` blocks it is in.
+    #: How many `shielded` blocks it is in, and what the innermost one says of time.
     shields: int
+    limit: float | None
     #: A cancellation that came meanwhile, and is yet to be met.
     cancelled: asyncio.CancelledError | None
 
@@ -244,17 +245,22 @@ def wait(awaitable: Awaitable[T]) -> T:
 
 
 @contextlib.contextmanager
-def shielded() -> Iterator[None]:
-    """For what must not be left half done: inside, a wait is not cancelled, and a cancellation is met after the block."""
+def shielded(limit: float | None = None) -> Iterator[None]:
+    """For what must not be left half done: inside, a wait is not cancelled, and a cancellation is met after the block.
+
+    With a ``limit``, a wait that takes as many seconds more is cancelled after all.
+    """
     running = getcurrent()
     if not isinstance(running, _Green):
         yield
         return
     running.shields += 1
+    outer, running.limit = running.limit, limit
     try:
         yield
     finally:
         running.shields -= 1
+        running.limit = outer
 
 
 async def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -291,7 +297,7 @@ async def _drive(scope: Scope | None, fn: Callable[..., T], args: Any, kwargs: A
     green.scope = scope
     green.gr_context = driver.gr_context
     green.fn, green.args, green.kwargs, green.error = fn, args, kwargs, None
-    green.idle, green.shields, green.cancelled = False, 0, None
+    green.idle, green.shields, green.limit, green.cancelled = False, 0, None, None
     step: Callable[[Any], Any] = _start
     given: Any = green
     while True:
@@ -355,6 +361,8 @@ async def _to_end(work: Awaitable[T], green: _Green) -> T:
             await asyncio.wait({task})
         except asyncio.CancelledError as exc:
             green.cancelled = exc
+            if green.limit is not None:
+                task.get_loop().call_later(green.limit, task.cancel)
     return task.result()
 
 

@@ -1,11 +1,26 @@
 """Queries that wait on the event loop: ``fetch`` and ``execute_async`` for QuerySets, ``query`` for raw SQL."""
 
 from tornjango.db.atomic import atomic
+from tornjango.db.engines.notices import Notice
 from tornjango.db.query import Database, Query, Rows, using
 
-__all__ = ["Database", "Query", "Rows", "atomic", "execute_async", "fetch", "query", "using"]
+__all__ = [
+    "Database",
+    "Notice",
+    "Query",
+    "Rows",
+    "atomic",
+    "execute_async",
+    "fetch",
+    "listen",
+    "query",
+    "stream",
+    "using",
+]
 
 _routed = Database()
 execute_async = _routed.execute_async
 fetch = _routed.fetch
+listen = _routed.listen
 query = _routed.query
+stream = _routed.stream

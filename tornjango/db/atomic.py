@@ -37,12 +37,21 @@ class atomic:
 
     async def __aenter__(self) -> None:
         await self._enter_scope()
+        self._atomic, self._entered = Atomic(*self._options), False
         try:
-            self._atomic = Atomic(*self._options)
-            await asyncdjango.run(self._atomic.__enter__)
-        except BaseException:
-            await self._leave_scope()
+            await asyncdjango.run(self._begin)
+        except BaseException as exc:
+            try:
+                if self._entered:
+                    # Cancelled, but a savepoint was made to its end.
+                    await asyncdjango.run(self._atomic.__exit__, type(exc), exc, exc.__traceback__)
+            finally:
+                await self._leave_scope()
             raise
+
+    def _begin(self) -> None:
+        self._atomic.__enter__()
+        self._entered = True
 
     async def __aexit__(
         self,

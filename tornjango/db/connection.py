@@ -10,8 +10,11 @@ Each scope of green code (``tornjango.green``) has wrappers of its own; ``django
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from copy import copy
 from functools import cache
 from typing import Any, NoReturn, Self
 
@@ -20,15 +23,20 @@ from django.db import connections
 from django.db.backends.utils import debug_transaction
 from django.db.transaction import TransactionManagementError
 from django.db.utils import Error, InterfaceError, NotSupportedError, ProgrammingError
+from django.utils.asyncio import async_unsafe
+from django.utils.functional import cached_property
 
 from tornjango import green
 from tornjango.db.compiler import Params, Row
-from tornjango.db.engines.base import Engine, Lease, Result, Stream
+from tornjango.db.engines.base import CANCEL_TIMEOUT, Engine, Lease, Result, Stream
 
 logger = logging.getLogger("tornjango.db")
 
 #: Wrappers kept for the next green call, for each database.
 KEPT = 32
+
+#: What psycopg's own functions, of which Django calls some, ask of a connection where they adapt values.
+OF_CONTEXT = frozenset({"adapters", "pgconn", "row_factory"})
 
 NO_RESULT = Result([], None, -1)
 
@@ -49,12 +57,12 @@ class PoolConnection:
             raise InterfaceError("connection already closed")
         if self.autocommit:
             return await self.engine.execute(sql, params)
-        return await (self.lease or await self._begin()).execute(sql, params)
+        return await (self.lease or await self.begun()).execute(sql, params)
 
     async def stream(self, sql: str, params: Params = None) -> Stream:
         if self.autocommit:
             return await self.engine.stream(sql, params)
-        return await (self.lease or await self._begin()).stream(sql, params)
+        return await (self.lease or await self.begun()).stream(sql, params)
 
     async def mogrify(self, sql: str, params: Params) -> bytes:
         return await (self.lease or self.engine).mogrify(sql, params)
@@ -93,11 +101,24 @@ class PoolConnection:
             self._in_turn = InTurn(self, scope, alias)
         return self._in_turn
 
-    async def _begin(self) -> Lease:
-        self.lease = await self.engine.begin()
+    async def begun(self) -> Lease:
+        """The transaction, which begins with its first statement."""
+        if self.closed:
+            raise InterfaceError("connection already closed")
+        if self.lease is None:
+            self.lease = await self.engine.begin()
         return self.lease
 
-    def __getattr__(self, name: str) -> NoReturn:
+    @property
+    def connection(self) -> Self:
+        """psycopg's functions that adapt values ask whatever they are given for a connection."""
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OF_CONTEXT:
+            context = green.wait((self.lease or self.engine).context())
+            if context is not None:
+                return getattr(context, name)
         raise AttributeError(
             f"{name!r}: in green code a database connection is one of many of a pool, and not the driver's own. "
             "Use cursors; or a sync view, in a worker thread."
@@ -140,7 +161,8 @@ class Cursor:
     def _set(self, result: Result) -> None:
         self.description = result.description
         self.rowcount = result.rowcount
-        self.query = result.sent
+        self._sent = result.sent
+        self._failed: tuple[str, Params] | None = None
         self.lastrowid = result.lastrowid
         self._rows: list[Row] | None = None if result.description is None else result.rows
         self._next = 0
@@ -148,7 +170,11 @@ class Cursor:
     def execute(self, sql: str, params: Params = None) -> Self:
         self._check_open()
         self._set(NO_RESULT)
-        self._set(green.wait(self.connection.execute(sql, params)))
+        try:
+            self._set(green.wait(self.connection.execute(sql, params)))
+        except Error:
+            self._failed = sql, params
+            raise
         return self
 
     def executemany(self, sql: str, param_list: Sequence[Params]) -> None:
@@ -161,6 +187,20 @@ class Cursor:
     def callproc(self, name: str, params: Sequence[Any] = ()) -> Sequence[Any]:
         self.execute(f"SELECT * FROM {name}({', '.join(['%s'] * len(params))})", list(params))
         return params
+
+    @property
+    def query(self) -> bytes | None:
+        """The last statement as it was sent. After an error it is made for who asks: the log of queries."""
+        if self._failed is not None:
+            with contextlib.suppress(Error):
+                self._sent = self.mogrify(*self._failed)
+            self._failed = None
+        return self._sent
+
+    @property
+    def _query(self) -> Self:
+        """Where Django's log looks for the ``query`` of a cursor of psycopg's."""
+        return self
 
     def mogrify(self, sql: str, params: Params = None) -> bytes:
         return green.wait(self.connection.mogrify(sql, params))
@@ -212,11 +252,12 @@ class ServerCursor:
     arraysize = 1
     itersize = 2000
     rowcount = -1
-    lastrowid = query = None
+    lastrowid = query = _query = None
 
     def __init__(self, connection: PoolConnection) -> None:
         self.connection = connection
         self.closed = False
+        self._scope = green.current()
         self._stream: Stream | None = None
 
     @property
@@ -246,13 +287,19 @@ class ServerCursor:
         while rows := self.fetchmany(self.itersize):
             yield from rows
 
+    def detach(self) -> Stream:
+        """What `execute` began; whoever calls this closes it."""
+        stream, self._stream = self._stream, None
+        assert stream is not None
+        return stream
+
     def close(self) -> None:
         """May be called by whoever collects a generator: then it does not wait."""
         self.closed = True
         stream, self._stream = self._stream, None
         if stream is None:
             return
-        if green.active():
+        if green.active() and green.current() is self._scope:
             green.wait(stream.close())
         else:
             stream.abandon()
@@ -267,8 +314,12 @@ class ServerCursor:
 class PoolWrapper:
     """Over a class of Django's database wrappers: its connection is a `PoolConnection`."""
 
+    # Not in its vars(), which it is compared to.
+    __slots__ = ("__dict__", "as_new")
+
     engine: Engine
     connection: Any
+    as_new: dict[str, Any]
 
     # Where Django opens a connection
 
@@ -300,7 +351,19 @@ class PoolWrapper:
         Elsewhere it would hold another connection than the statements that come between: SQLite would lock them out.
         """
         wrapper: Any = self
-        return wrapper._cursor(name="stream") if wrapper.vendor == "postgresql" else wrapper.cursor()
+        return (
+            wrapper._cursor(name="stream") if wrapper.vendor == "postgresql" else wrapper.cursor()
+        )
+
+    def ensure_connection(self) -> None:
+        if self.connection is None:
+            super().ensure_connection()  # type: ignore[misc]
+
+    def get_autocommit(self) -> bool:
+        """Asked on the loop, too, by ``on_commit``."""
+        if self.connection is None:
+            return bool(self.settings_dict["AUTOCOMMIT"])  # type: ignore[attr-defined]
+        return bool(self.autocommit)  # type: ignore[attr-defined]
 
     def _set_autocommit(self, autocommit: bool) -> None:
         self.connection.set_autocommit(autocommit)
@@ -313,13 +376,29 @@ class PoolWrapper:
 
     def _commit(self) -> None:
         if self.connection is not None:
-            with debug_transaction(self, "COMMIT"), green.shielded():
+            with debug_transaction(self, "COMMIT"), green.shielded(CANCEL_TIMEOUT):
                 self.connection.commit()
 
     def _rollback(self) -> None:
         if self.connection is not None:
-            with debug_transaction(self, "ROLLBACK"), green.shielded():
+            with debug_transaction(self, "ROLLBACK"), green.shielded(CANCEL_TIMEOUT):
                 self.connection.rollback()
+
+    # The transaction around a savepoint may go on after a time-out inside.
+
+    @async_unsafe
+    def _savepoint(self, sid: str) -> None:
+        green.wait(self.connection.begun())
+        with green.shielded(CANCEL_TIMEOUT):
+            super()._savepoint(sid)  # type: ignore[misc]
+
+    def _savepoint_rollback(self, sid: str) -> None:
+        with green.shielded(CANCEL_TIMEOUT):
+            super()._savepoint_rollback(sid)  # type: ignore[misc]
+
+    def _savepoint_commit(self, sid: str) -> None:
+        with green.shielded(CANCEL_TIMEOUT):
+            super()._savepoint_commit(sid)  # type: ignore[misc]
 
     def run_and_clear_commit_hooks(self) -> None:
         with green.shielded():
@@ -384,6 +463,9 @@ class PoolWrapper:
     def release(self) -> None:
         """Its scope has ended: it is kept for another one, if it is as good as new."""
         wrapper: Any = self
+        if wrapper.queries_log:
+            self.engine.wrapper.queries_log.extend(wrapper.queries_log)
+            wrapper.queries_log.clear()
         if wrapper.in_atomic_block or self.in_transaction:
             logger.error(
                 "Green code left a transaction open on database %r; it is rolled back. "
@@ -393,15 +475,19 @@ class PoolWrapper:
             if self.connection is not None:
                 self.connection.abandon()
             return
-        shared = self.engine.wrapper
-        if wrapper.queries_log:
-            shared.queries_log.extend(wrapper.queries_log)
-            wrapper.queries_log.clear()
         free = _free.setdefault(self.engine, [])
-        if wrapper.run_on_commit or wrapper.connection is None:
-            return
-        if not wrapper.execute_wrappers and not wrapper.force_debug_cursor and len(free) < KEPT:
+        if len(free) < KEPT and self._is_as_new():
             free.append(wrapper)
+
+    def _is_as_new(self) -> bool:
+        """What somebody has set on it, a tenant say, would otherwise be met by the next one."""
+        state = vars(self)
+        state.update(savepoint_state=0, errors_occurred=False, rollback_exc=None)
+        for name in state.keys() - self.as_new.keys():
+            # Worked out from the settings, which a test may change.
+            if isinstance(getattr(type(self), name, None), cached_property):
+                del state[name]
+        return state == self.as_new
 
 
 class _Awaited:
@@ -434,6 +520,16 @@ def make(engine: Engine) -> Any:
     free = _free.get(engine)
     if free:
         return free.pop()
+    wrapper = _make_unconnected(engine)
+    wrapper.connect()
+    wrapper.as_new = {
+        name: copy(value) if isinstance(value, (dict, list, set, deque)) else value
+        for name, value in vars(wrapper).items()
+    }
+    return wrapper
+
+
+def _make_unconnected(engine: Engine) -> Any:
     plain = engine.wrapper
     wrapper = _wrapper_class(type(plain))(plain.settings_dict, plain.alias)
     wrapper.engine = engine
@@ -471,7 +567,7 @@ class Connections:
 
     def _make_unconnected(self, alias: str) -> Any:
         engine = self._engine(alias)
-        wrapper = self._unconnected[alias] = make(engine)
+        wrapper = self._unconnected[alias] = _make_unconnected(engine)
         wrapper.queries_log = engine.wrapper.queries_log
         return wrapper
 
@@ -530,6 +626,25 @@ def transaction(alias: str) -> PoolConnection | InTurn | None:
         return connection.in_turn(scope, alias)
     wrapper.validate_no_broken_transaction()
     return connection
+
+
+def of_task(alias: str) -> Any:
+    """The wrapper that the running task's scope has of a database; None if it has none."""
+    scope = green.current()
+    if scope is None or not scope.admits(asyncio.current_task()):
+        return None
+    return scope.resources.get(alias)
+
+
+def in_transaction() -> bool:
+    """Whether a transaction is open around the caller, on any database and of whichever task."""
+    scope = green.current()
+    while scope is not None:
+        wrappers: Any = scope.resources.values()
+        if not scope.ended and any(wrapper.in_transaction for wrapper in wrappers):
+            return True
+        scope = scope.outer
+    return False
 
 
 def _refuse(scope: green.Scope | None, alias: str) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, ParamSpec, TypeVar
 
 from django.core.exceptions import SynchronousOnlyOperation
-from django.db.models import prefetch_related_objects
+from django.db import connections
 
-from tornjango import asyncdjango
+from tornjango import asyncdjango, green
 from tornjango.db import connection, pools
-from tornjango.db.compiler import AnyQuerySet, Compiled, compile, unevaluated
+from tornjango.db.compiler import AnyQuerySet, Compiled, Params, compile, unevaluated
 from tornjango.db.connection import InTurn, PoolConnection
 from tornjango.db.engines.base import Engine, Result
+from tornjango.db.prefetching import prefetch
+
+__all__ = ["execute", "executor", "fetch", "here_or_green", "hydrate", "prefetch"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,6 +32,22 @@ def executor(alias: str) -> PoolConnection | InTurn | Engine:
     Raises TransactionManagementError inside a transaction of another task.
     """
     return connection.transaction(alias) or pools.get(alias)
+
+
+async def execute(alias: str, sql: str, params: Params) -> Result:
+    """A statement of the running task, by its `executor`.
+
+    Through a cursor of Django's, where there is somebody to tell: the log, under DEBUG, or an ``execute_wrapper``.
+    """
+    target = executor(alias)
+    wrapper = connection.of_task(alias)
+    if wrapper is None:
+        watched = pools.is_open() and pools.get(alias).wrapper.queries_logged
+    else:
+        watched = wrapper.queries_logged or wrapper.execute_wrappers
+    if watched:
+        return await green.run(_through_cursor, alias, sql, params)
+    return await target.execute(sql, params)
 
 
 async def fetch(queryset: AnyQuerySet, alias: str) -> list[Any]:
@@ -46,15 +65,10 @@ async def fetch(queryset: AnyQuerySet, alias: str) -> list[Any]:
     return objects
 
 
-async def prefetch(objects: list[Any], lookups: Sequence[Any]) -> None:
-    """Django's ``prefetch_related_objects``."""
-    await asyncdjango.run(prefetch_related_objects, objects, *lookups)
-
-
 async def hydrate(compiled: Compiled, result: Result) -> list[Any]:
     """The objects of ``result``; many of them in slices, between which other tasks have their turn."""
     if len(result.rows) <= SLICE:
-        return await _here_or_green(compiled.hydrate, result.rows, result.columns)
+        return await here_or_green(compiled.hydrate, result.rows, result.columns)
     try:
         return await _in_slices(compiled.objects(result.rows, result.columns))
     except SynchronousOnlyOperation:
@@ -62,11 +76,18 @@ async def hydrate(compiled: Compiled, result: Result) -> list[Any]:
 
 
 async def _objects(queryset: AnyQuerySet, alias: str) -> list[Any]:
-    compiled = await _here_or_green(compile, queryset, alias)
-    target = executor(alias)
+    compiled = await here_or_green(compile, queryset, alias)
     if compiled.sql is None:
+        executor(alias)
         return []
-    return await hydrate(compiled, await target.execute(compiled.sql, compiled.params))
+    return await hydrate(compiled, await execute(alias, compiled.sql, compiled.params))
+
+
+def _through_cursor(alias: str, sql: str, params: Params) -> Result:
+    with connections[alias].cursor() as cursor:
+        cursor.execute(sql, params)
+        rows = [] if cursor.description is None else cursor.fetchall()
+        return Result(rows, cursor.description, cursor.rowcount)
 
 
 def _evaluate(queryset: Any) -> list[Any]:
@@ -81,7 +102,7 @@ async def _in_slices(objects: Iterator[Any]) -> list[Any]:
     return made
 
 
-async def _here_or_green(fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+async def here_or_green(fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """``fn(...)``; again in green code, if it turns out to want a database connection.
 
     Compiling hardly ever does, nor does making objects: a lookup that has the driver quote for it, a model whose

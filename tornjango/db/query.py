@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from typing import Any, Self, TypeVar, overload
 
 from django.db.models import Manager, QuerySet
@@ -10,9 +10,10 @@ from django.db.models.query import RawQuerySet
 from django.db.utils import DEFAULT_DB_ALIAS
 
 from tornjango import green
-from tornjango.db import connection, fetching
+from tornjango.db import connection, fetching, pools, streaming
 from tornjango.db.compiler import AnyQuerySet, Params, Row
 from tornjango.db.engines.base import Result
+from tornjango.db.engines.notices import Listener
 from tornjango.responses import DeferredResponse, current
 
 T = TypeVar("T")
@@ -52,9 +53,8 @@ class Query:
 
     def __await__(self) -> Generator[Any, None, Rows]:
         self._awaited = True
-        transaction = connection.transaction(self.alias)
-        if self._task is None and transaction is not None:
-            return self._here(transaction).__await__()
+        if self._task is None and connection.transaction(self.alias) is not None:
+            return self._here().__await__()
         return self._start().__await__()
 
     def __del__(self) -> None:
@@ -89,15 +89,16 @@ class Query:
             self._task.add_done_callback(_look_at)
         return self._task
 
-    async def _here(self, transaction: connection.PoolConnection) -> Rows:
+    async def _here(self) -> Rows:
         """In the task that owns the transaction."""
         self._task = asyncio.get_running_loop().create_future()
         try:
-            rows = Rows(await transaction.execute(self.sql, self.params))
+            rows = Rows(await fetching.execute(self.alias, self.sql, self.params))
         except BaseException as exc:
-            self._task.cancel() if isinstance(
-                exc, asyncio.CancelledError
-            ) else self._task.set_exception(exc)
+            if isinstance(exc, asyncio.CancelledError):
+                self._task.cancel()
+            else:
+                self._task.set_exception(exc)
             _look_at(self._task)
             raise
         self._task.set_result(rows)
@@ -105,7 +106,7 @@ class Query:
 
     async def _run(self) -> Rows:
         try:
-            result = await fetching.executor(self.alias).execute(self.sql, self.params)
+            result = await fetching.execute(self.alias, self.sql, self.params)
         except Exception as exc:
             for errback in self._errbacks:
                 await _call(errback, exc)
@@ -180,6 +181,44 @@ class Database:
         any other query, or none.
         """
         return Query(sql, params, using or self.alias or DEFAULT_DB_ALIAS)
+
+    @overload
+    def stream(
+        self, query: QuerySet[Any, T], *, chunk_size: int = 2000, using: str | None = None
+    ) -> AsyncGenerator[T]: ...
+    @overload
+    def stream(
+        self, query: RawQuerySet[Any], *, chunk_size: int = 2000, using: str | None = None
+    ) -> AsyncGenerator[Any]: ...
+    def stream(
+        self, query: AnyQuerySet, *, chunk_size: int = 2000, using: str | None = None
+    ) -> AsyncGenerator[Any]:
+        """``async for item in db.stream(queryset)``: the queryset's objects, however many; ``chunk_size`` at one time.
+
+        They are those of one moment. What ``prefetch_related`` says is prefetched for each chunk. From the first item
+        on, a connection is held until the last one, in a transaction of its own, unless the task has one open: then it
+        is that one. Leaving the loop early gives the connection back soon; to have it given back before the next
+        line, iterate inside ``async with contextlib.aclosing(db.stream(...)) as items``. Cancelled, or after an error,
+        it is at its end. Raises what `fetch` raises, and ValueError for a ``chunk_size`` below 1.
+        """
+        _expect_queryset(query)
+        return streaming.stream(query, using or self.alias or query.db, chunk_size)
+
+    def listen(self, *channels: str, using: str | None = None) -> Listener:
+        """``async for notice in db.listen("channel")``: what NOTIFY sends on PostgreSQL's channels, from now on.
+
+        Each `Notice` has its ``channel`` and ``payload``. A server that went away is waited for. What was sent
+        meanwhile is lost, and so is what comes while a thousand wait for a slow reader: a notice whose ``payload`` is
+        None then says, once, that some on its channel may have been missed. A reader that must know reads the state
+        anew on it.
+
+        The server listens once iterating has begun; ``async with db.listen(...) as notices`` returns when it does, so
+        that nothing is missed of what happens after. Iterating ends when it is closed: by ``async with``,
+        ``aclose()``, or when nobody has it any more. All who listen in a process share one connection to a database,
+        outside of the pool. Raises OperationalError when the server cannot be reached to begin with, and
+        NotSupportedError for a database that has no such thing.
+        """
+        return pools.get(using or self.alias or DEFAULT_DB_ALIAS).listen(*channels)
 
     async def _deliver(
         self,
