@@ -48,6 +48,13 @@ class Postgres:
     faster, and not safe from a power cut. Several servers may run at once, in different folders.
     """
 
+    #: For initdb; of an encoding and an order that are the same on every machine.
+    locale: tuple[str, ...] = (
+        "--locale=C",
+        "--locale-provider=builtin",
+        "--builtin-locale=C.UTF-8",
+    )
+
     def __init__(self, folder: Path, *, tcp: bool = True, durable: bool = False) -> None:
         self.folder = folder.absolute()
         self.user = "postgres"
@@ -60,6 +67,11 @@ class Postgres:
         self.password = self._password_file.read_text() if known else secrets.token_hex(16)
         self._settings = {} if durable else FORGETFUL
         self._watcher: subprocess.Popen[bytes] | None = None
+
+    @property
+    def programs(self) -> Path:
+        """The folder of PostgreSQL's programs: those of the wheel."""
+        return _bin()
 
     @property
     def pid(self) -> int | None:
@@ -157,7 +169,7 @@ class Postgres:
         self.socket.mkdir(mode=0o700, exist_ok=True)
         self._give(self.socket)
         if self._account:
-            for path in (self.folder, _bin(), self.socket):
+            for path in (self.folder, self.programs, self.socket):
                 _let_through(path)
 
     def _init(self) -> None:
@@ -171,7 +183,7 @@ class Postgres:
         self._give(new)
         self._run(
             *("initdb", "--no-sync", "--no-instructions", "-U", self.user, "-D", new),
-            *("-E", "UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"),
+            *("-E", "UTF8", *self.locale),
             *("--auth-local=trust", "--auth-host=scram-sha-256", "--pwfile", self._password_file),
         )
         new.replace(self.folder)
@@ -216,7 +228,7 @@ class Postgres:
             "-c",
             WATCH,
             "watch",
-            _bin() / "pg_ctl",
+            self.programs / "pg_ctl",
             self.folder,
             self.socket,
         ]
@@ -257,7 +269,7 @@ class Postgres:
     ) -> str:
         with tempfile.TemporaryFile("w+") as said:
             code = subprocess.call(
-                [_bin() / program, *arguments],
+                [self.programs / program, *arguments],
                 stdin=subprocess.DEVNULL,
                 # Not a pipe: the server inherits it and would keep it open.
                 stdout=said,

@@ -1,0 +1,39 @@
+"""For Django's ``runtests.py``. ``__main__`` says by the environment which engine, and where the databases are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+# Django's own, beside runtests.py: the databases are replaced below.
+from test_sqlite import *  # type: ignore[import-not-found]  # noqa: F403
+
+ENGINE = os.environ["REFEREE_ENGINE"]
+MODULE = os.environ["REFEREE_MODULE"]
+FOLDER = Path(os.environ["REFEREE_FOLDER"])
+
+
+def _sqlite(alias: str) -> dict[str, Any]:
+    # In a file: one in memory would be of one connection only.
+    return {
+        "ENGINE": "django.db.backends.sqlite3",
+        "TEST": {"NAME": FOLDER / f"{MODULE}-{alias}.sqlite3"},
+    }
+
+
+def _postgresql(alias: str) -> dict[str, Any]:
+    return {
+        "ENGINE": "django.db.backends.postgresql",
+        "NAME": f"{MODULE}_{alias}",
+        "HOST": os.environ["PGHOST"],
+        "PORT": os.environ["PGPORT"],
+        "USER": os.environ["PGUSER"],
+    }
+
+
+_database = _sqlite if ENGINE.endswith("sqlite") else _postgresql
+DATABASES = {alias: _database(alias) for alias in ("default", "other")}
+_engine = ENGINE.removesuffix("-sqlite")
+TORNJANGO = {} if _engine == "django" else {"ENGINES": dict.fromkeys(DATABASES, _engine)}
+TEST_RUNNER = "tests.referee.runner." + ("Runner" if _engine == "django" else "GreenRunner")
