@@ -18,7 +18,7 @@ import asgiref.sync
 from asgiref.sync import AsyncToSync
 from django.apps import apps
 
-from tornjango import green
+from tornjango import blocking, green
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -42,6 +42,12 @@ def _receivers_of_django(fn: Function) -> bool:
     return receivers is not None and all(_of_django(receiver) for receiver in receivers)
 
 
+def _of_quick_cache(fn: Function) -> bool:
+    """Not ``get_or_set``, which may call a function of the project's for the value."""
+    cache = getattr(fn, "__self__", None)
+    return fn.__name__ != "get_or_set" and blocking.is_quick(blocking.CACHES, type(cache))
+
+
 #: Modules of Django, and which of the functions that they hand to ``sync_to_async`` run green.
 MODULES: dict[str, Callable[[Function], bool]] = {
     "django.db.models.base": _any,
@@ -49,12 +55,47 @@ MODULES: dict[str, Callable[[Function], bool]] = {
     "django.db.models.fields.related_descriptors": _any,
     "django.contrib.contenttypes.fields": _any,
     "django.contrib.sessions.backends.db": _any,
+    "django.core.cache.backends.base": _of_quick_cache,
     "django.core.paginator": _any,
     "django.contrib.auth.backends": _of_django,
     "django.contrib.auth.decorators": _of_django,
     "django.contrib.sessions.backends.base": _of_django,
     "django.dispatch.dispatcher": _receivers_of_django,
 }
+
+
+class Twin(NamedTuple):
+    """A coroutine function of Django's that would hold up the loop, and the function that does the same."""
+
+    cls: str
+    name: str
+    of: str
+    #: Whether it is so in this project.
+    applies: Callable[[], bool] = lambda: True
+
+
+def _users_are_djangos() -> bool:
+    """What a project's own user does in ``check_password`` is not for the loop."""
+    from django.contrib.auth import get_user_model
+
+    user: Any = get_user_model()
+    lookup = getattr(user._default_manager, "get_by_natural_key", None)
+    checks = (getattr(user, "check_password", None), getattr(user, "acheck_password", None))
+    return all(fn is not None and _of_django(fn) for fn in (lookup, *checks))
+
+
+#: They hash passwords, or ask a cache, without waiting. In green code these go aside.
+TWINS = (
+    Twin(
+        "django.contrib.auth.backends.ModelBackend",
+        "aauthenticate",
+        "authenticate",
+        _users_are_djangos,
+    ),
+    Twin("django.contrib.auth.base_user.AbstractBaseUser", "acheck_password", "check_password"),
+    Twin("django.contrib.auth.models.UserManager", "_acreate_user", "_create_user"),
+    Twin("django.contrib.sessions.backends.cached_db.SessionStore", "aexists", "exists"),
+)
 
 #: Modules that cannot be imported where their app is not installed.
 APPS = ("django.contrib.contenttypes", "django.contrib.sessions", "django.contrib.auth")
@@ -85,24 +126,46 @@ def _for_a_thread() -> bool:
 
 
 def install() -> None:
-    """Until `uninstall`, Django's own ``a``-prefixed methods run green, and ``async_to_sync`` waits in green code."""
+    """Until `uninstall`, Django's own ``a``-prefixed methods run green, ``async_to_sync`` waits in green code, and what
+    blocks there goes aside (``tornjango.blocking``)."""
+    going_aside = [*blocking.replacements()]
     for name, runs_green in MODULES.items():
         module = _module(name)
         if module is not None and hasattr(module, "sync_to_async"):
             _replace(module, "sync_to_async", functools.partial(_sync_to_async, runs_green))
+    for twin in TWINS:
+        _install_twin(twin)
     _replace(AsyncToSync, "__call__", _async_to_sync(AsyncToSync.__call__))
-    _keep_computing_aside()
+    for replacement in going_aside:
+        _replace(*replacement)
+    blocking.forget()
 
 
 def uninstall() -> None:
     while _replaced:
         owner, name, before = _replaced.pop()
         setattr(owner, name, before)
+    blocking.forget()
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:
-    _replaced.append(Replacement(owner, name, getattr(owner, name)))
+    _replaced.append(Replacement(owner, name, vars(owner)[name]))
     setattr(owner, name, value)
+
+
+def _install_twin(twin: Twin) -> None:
+    module, _, name = twin.cls.rpartition(".")
+    owner = getattr(_module(module), name, None)
+    # Not every release of Django has each of them.
+    if owner is None or not {twin.name, twin.of} <= vars(owner).keys() or not twin.applies():
+        return
+    before, of = vars(owner)[twin.name], vars(owner)[twin.of]
+
+    @functools.wraps(before)
+    async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return await run(of, self, *args, **kwargs)
+
+    _replace(owner, twin.name, call)
 
 
 def _module(name: str) -> Any:
@@ -132,25 +195,3 @@ def _async_to_sync(before: Function) -> Function:
         return before(self, *args, **kwargs)
 
     return call
-
-
-def _keep_computing_aside() -> None:
-    """Hashing a password takes a tenth of a second on purpose."""
-    from django.contrib.auth import hashers
-
-    # Kept, as Django keeps its own, and like those forgotten when the setting changes.
-    @functools.lru_cache
-    def get_hashers() -> list[Any]:
-        return [_aside(hasher) for hasher in make()]
-
-    make: Any = getattr(hashers.get_hashers, "__wrapped__")  # noqa: B009 - not known to type checkers
-    by_algorithm: Any = hashers.get_hashers_by_algorithm
-    by_algorithm.cache_clear()
-    _replace(hashers, "get_hashers", get_hashers)
-
-
-def _aside(hasher: Any) -> Any:
-    """``hasher``, its own attributes before its class's."""
-    for name in ("encode", "verify", "harden_runtime"):
-        setattr(hasher, name, green.blocking(getattr(hasher, name)))
-    return hasher

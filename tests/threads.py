@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+
+@contextmanager
+def started_threads() -> Iterator[list[str]]:
+    """The names of the threads that are started in the block, however short they live."""
+    names: list[str] = []
+    start = threading.Thread.start
+
+    def noting(thread: threading.Thread) -> None:
+        names.append(thread.name)
+        start(thread)
+
+    with mock.patch.object(threading.Thread, "start", noting):
+        yield names
+
+
+def thread_name(*args: Any) -> str:
+    return threading.current_thread().name
