@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import django
 import pytest
@@ -14,6 +15,9 @@ from tornado.ioloop import IOLoop
 
 from tests.example import Example, served
 from tests.postgres import Postgres
+
+if TYPE_CHECKING:
+    from tests.database import Watcher
 
 _folder: Path
 _postgres: Postgres
@@ -89,6 +93,17 @@ def folder() -> Iterator[Path]:
 def postgres() -> Postgres:
     """The server of database "default", shared by all tests: they may end its backends, but not stop it."""
     return _postgres
+
+
+@pytest.fixture
+def watcher(postgres: Postgres) -> Iterator[Watcher]:
+    """Sees from the outside what happens on the server of database "default"."""
+    # It imports models.
+    from tests.database import Watcher
+
+    watcher = Watcher(postgres.dsn("tornjango"))
+    yield watcher
+    watcher.close()
 
 
 @pytest.fixture

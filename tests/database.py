@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import decimal
+import os
 import uuid
 import warnings
 from collections.abc import AsyncIterator, Callable
@@ -15,6 +16,7 @@ import psutil
 import psycopg2
 from django.contrib.postgres.aggregates import ArrayAgg, JSONBAgg, StringAgg
 from django.contrib.postgres.search import SearchHeadline, SearchQuery
+from django.db.backends.postgresql.psycopg_any import DateRange, DateTimeTZRange, NumericRange
 from django.db.models import (
     Count,
     F,
@@ -28,9 +30,9 @@ from django.db.models import (
     Value,
 )
 from django.db.models import functions as fn
-from psycopg2.extras import DateRange, DateTimeTZRange, NumericRange
 
 from tests.app.models import Author, Blog, Draft, Entry, Everything, Place, Tag
+from tornjango import db
 from tornjango.conf import Config
 from tornjango.db import pools
 
@@ -40,7 +42,9 @@ PLUS_FIVE = dt.timezone(dt.timedelta(hours=5, minutes=30))
 
 @asynccontextmanager
 async def opened(**options: Any) -> AsyncIterator[None]:
-    """Pools with these settings, closed at the end."""
+    """Pools with these settings, closed at the end; PostgreSQL's of the engine that TESTS_ENGINE names, if it does."""
+    if engine := os.environ.get("TESTS_ENGINE"):
+        options.setdefault("ENGINES", {"default": engine, "own": engine})
     pools.open(Config.from_dict(options))
     try:
         yield
@@ -353,3 +357,23 @@ async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(10):
         while not condition():  # noqa: ASYNC110 - what is waited for is in another process
             await asyncio.sleep(0.005)
+
+
+def start(sql: str, params: Any = None, alias: str = "default") -> asyncio.Task[Any]:
+    return asyncio.create_task(pools.get(alias).execute(sql, params))
+
+
+async def pid(alias: str = "default") -> int:
+    rows = await db.query("select pg_backend_pid()", using=alias)
+    return int(rows[0][0])
+
+
+async def backends(watcher: Watcher, number: int, alias: str = "default") -> set[int]:
+    """The processes behind `number` connections of a pool, in use at one time."""
+    tasks = [start("select pg_sleep(60)", alias=alias) for _ in range(number)]
+    await until(lambda: len(watcher.running("pg_sleep(60)")) == number)
+    pids = set(watcher.running("pg_sleep(60)"))
+    for task in tasks:
+        task.cancel()
+    await until(lambda: pools.status()[alias]["in_use"] == 0)
+    return pids

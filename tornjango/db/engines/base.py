@@ -92,6 +92,10 @@ class Lease(ABC):
     async def mogrify(self, sql: str, params: Params) -> bytes:
         """``sql`` with ``params`` in it, quoted by the driver as for this connection."""
 
+    async def context(self) -> Any:
+        """As of `Engine.context`."""
+        return None
+
 
 class Engine(ABC):
     """The way queries reach one database.
@@ -143,6 +147,13 @@ class Engine(ABC):
         """``sql`` with ``params`` in it, quoted by the driver."""
         async with self.leased() as lease:
             return await lease.mogrify(sql, params)
+
+    async def context(self) -> Any:
+        """What the driver's own functions take for a connection where they adapt values; None if it has no such thing.
+
+        To be used at once: it belongs to a connection that may be lost later.
+        """
+        return None
 
     def listen(self, *channels: str) -> Listener:
         """What comes on channels of PostgreSQL's (LISTEN), over a connection beside the pool, which all listeners share.

@@ -26,6 +26,16 @@ class Connection(ABC):
     statement: asyncio.Future[Any] | None = None
 
     @property
+    def context(self) -> Any:
+        """As of `base.Engine.context`."""
+        return None
+
+    @property
+    def farewell(self) -> str:
+        """Why it was lost, if that was said while it was idle."""
+        return ""
+
+    @property
     @abstractmethod
     def lost(self) -> bool:
         """Whether it is known to be closed, by whomever."""
@@ -116,6 +126,10 @@ class PoolLease(CursorLease):
             self._check()
             return self._connection.mogrify(sql, params)
 
+    async def context(self) -> Any:
+        self._check()
+        return self._connection.context
+
     async def commit(self) -> None:
         if self._revoked:
             raise OperationalError(self._revoked)
@@ -160,7 +174,7 @@ class PoolLease(CursorLease):
     def _lost(self) -> OperationalError:
         return OperationalError(
             f"The connection to database {self._wrapper.alias!r} was lost in a transaction, and with it all that was "
-            "done there. Begin again from its start."
+            f"done there. Begin again from its start. {self._connection.farewell}".rstrip()
         )
 
     async def _settle(self) -> None:

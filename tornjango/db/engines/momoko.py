@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import select
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import momoko
@@ -140,9 +140,13 @@ class Pool(momoko.Pool):  # type: ignore[misc]
 
     async def get(self, deadline: float) -> Connection:
         """Raises psycopg2's errors when there is none, or none until the deadline."""
-        if self.conns.all_dead and not self.conns.dead:
-            # momoko wants its connect() called first, which opens connections before they are needed.
-            self._new_connection()
+        if self.conns.all_dead:
+            # Else momoko has the caller wait beside its queue, where another one takes the connection from under him;
+            # and on a new pool it wants its connect() called, which opens connections before they are needed.
+            if self.conns.dead:
+                self._reanimate()
+            else:
+                self._new_connection()
         future: asyncio.Future[Connection] = self.getconn(ping=False)
         if future.done():
             return future.result()
@@ -336,8 +340,11 @@ class _NoticeConnection(NoticeConnection):
         with self._wrapper.wrap_database_errors:
             await asyncio.shield(self._connection.start(sql, None))
 
-    def fileno(self) -> int:
-        return self._connection.fileno
+    def watch(self, news: Callable[[], object]) -> None:
+        asyncio.get_running_loop().add_reader(self._connection.fileno, news)
+
+    def unwatch(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._connection.fileno)
 
     def drain(self) -> list[Notice]:
         raw = self._connection.connection

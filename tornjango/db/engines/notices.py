@@ -53,8 +53,11 @@ class NoticeConnection(ABC):
     async def execute(self, sql: str) -> None: ...
 
     @abstractmethod
-    def fileno(self) -> int:
-        """What is readable when there is something to `drain`."""
+    def watch(self, news: Callable[[], object]) -> None:
+        """Has ``news`` called whenever there may be something to `drain`, until `unwatch`."""
+
+    @abstractmethod
+    def unwatch(self) -> None: ...
 
     @abstractmethod
     def drain(self) -> list[Notice]:
@@ -290,8 +293,7 @@ class Notices:
 
     async def _pause(self, connection: NoticeConnection) -> None:
         """Returns when there is something to do. A connection that is silent may be a dead one."""
-        loop, fd = asyncio.get_running_loop(), connection.fileno()
-        loop.add_reader(fd, self._wake.set)
+        connection.watch(self._wake.set)
         try:
             async with asyncio.timeout(SILENCE):
                 await self._wake.wait()
@@ -299,7 +301,7 @@ class Notices:
         except TimeoutError:
             pass
         finally:
-            loop.remove_reader(fd)
+            connection.unwatch()
         await self._execute(connection, "SELECT 1")
 
     async def _execute(self, connection: NoticeConnection, sql: str) -> None:

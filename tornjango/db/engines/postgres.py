@@ -70,6 +70,12 @@ class PostgresEngine(Engine, Generic[C]):
             finally:
                 self._release(connection)
 
+    async def context(self) -> Any:
+        with self.wrapper.wrap_database_errors:
+            connection = await self._acquire()
+            self._release(connection)
+            return connection.context
+
     def listen(self, *channels: str) -> Listener:
         return self._notices.listen(*channels)
 

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+
+class Proxy:
+    """Stands between a client and a server on 127.0.0.1; an answer of the server's can be lost on its way."""
+
+    def __init__(self, port: int) -> None:
+        self._server_port = port
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._losing: bytes | None = None
+        self._asked = False
+
+    async def __aenter__(self) -> Self:
+        self._listener = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port: int = self._listener.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._listener.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def lose_answer_to(self, part: bytes) -> None:
+        """The next answer to a message with `part` in it: it is dropped, and the connection closed."""
+        self._losing = part
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task
+        self._tasks.add(task)
+        server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._server_port)
+        both = [
+            asyncio.ensure_future(self._forward(reader, server_writer, asks=True)),
+            asyncio.ensure_future(self._forward(server_reader, writer, asks=False)),
+        ]
+        try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            # Not passed on: asyncio's server would log it.
+            pass
+        finally:
+            for one in both:
+                one.cancel()
+            await asyncio.gather(*both, return_exceptions=True)
+            for end in (writer, server_writer):
+                end.close()
+                with suppress(OSError):
+                    await end.wait_closed()
+            self._tasks.discard(task)
+
+    async def _forward(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, asks: bool
+    ) -> None:
+        while data := await reader.read(65536):
+            if asks and self._losing is not None and self._losing in data:
+                self._losing, self._asked = None, True
+            elif not asks and self._asked:
+                self._asked = False
+                return
+            writer.write(data)
+            await writer.drain()
