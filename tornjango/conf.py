@@ -15,7 +15,10 @@ from django.core.signals import setting_changed
 
 from tornjango.exceptions import ConfigurationError
 
-ENGINES = ("momoko", "threads")
+ENGINES = ("momoko", "psycopg", "threads")
+
+
+SYNC_VIEWS = ("threads", "green")
 
 
 def _positive(value: object) -> bool:
@@ -88,6 +91,12 @@ class Config:
     THREADS: int = _number(16, "worker threads for sync views and other sync code")
     THREADS_QUEUE: int = _number(
         1000, "calls that may wait for a worker thread; one more is answered 503"
+    )
+    SYNC_VIEWS: str = _option(
+        "threads",
+        lambda value: value in SYNC_VIEWS,
+        f"one of {', '.join(SYNC_VIEWS)}",
+        'where sync views run; "green" is on the event loop: see @green for what that asks of them',
     )
     RESPONSE_TIMEOUT: float = _seconds(
         60, "how long a deferred response may stay unfinished before it is answered 504"

@@ -5,6 +5,7 @@ import importlib.util
 from typing import Any
 
 from django.db import connections
+from django.utils.version import get_version_tuple
 
 from tornjango import asyncdjango
 from tornjango.conf import Config, get_config
@@ -13,6 +14,10 @@ from tornjango.db.engines.base import Engine
 from tornjango.db.engines.plain import PlainEngine
 from tornjango.db.engines.threads import ThreadsEngine
 from tornjango.exceptions import ConfigurationError
+
+#: The driver that Django must use for a database, so that the parameters it compiles fit the engine.
+DRIVERS = {"momoko": "psycopg2", "psycopg": "psycopg"}
+PSYCOPG = (3, 2)
 
 _engines: dict[str, Engine] | None = None
 _unopened: dict[str, Engine] = {}
@@ -77,26 +82,39 @@ def status() -> dict[str, dict[str, Any]]:
 
 
 def _make(alias: str, config: Config) -> Engine:
-    unfit = _unfit_for_momoko(alias)
-    wanted = config.ENGINES.get(alias) or ("threads" if unfit else "momoko")
+    wrapper: Any = connections.create_connection(alias)
+    wanted = config.ENGINES.get(alias) or _default(wrapper)
     if wanted == "threads":
         return ThreadsEngine(alias, config)
+    unfit = _unfit(wanted, wrapper)
     if unfit:
-        raise ConfigurationError(f'TORNJANGO["ENGINES"][{alias!r}] cannot be "momoko": {unfit}')
-    # momoko is optional, and wants psycopg2.
+        raise ConfigurationError(f'TORNJANGO["ENGINES"][{alias!r}] cannot be "{wanted}": {unfit}')
+    # Each imports its driver, which is optional.
+    if wanted == "psycopg":
+        from tornjango.db.engines.psycopg import PsycopgEngine
+
+        return PsycopgEngine(alias, config)
     from tornjango.db.engines.momoko import MomokoEngine
 
     return MomokoEngine(alias, config)
 
 
-def _unfit_for_momoko(alias: str) -> str | None:
-    """Why a database cannot be reached by momoko; None if it can."""
-    wrapper: Any = connections.create_connection(alias)
+def _default(wrapper: Any) -> str:
+    return next((engine for engine in DRIVERS if not _unfit(engine, wrapper)), "threads")
+
+
+def _unfit(engine: str, wrapper: Any) -> str | None:
+    """Why a database cannot be reached by an engine; None if it can."""
     if wrapper.vendor != "postgresql":
         return f"the database is {wrapper.display_name}, not PostgreSQL."
-    driver = wrapper.Database.__name__
-    if driver != "psycopg2":
-        return f"Django uses {driver} for it, because that is installed; momoko needs psycopg2."
-    if importlib.util.find_spec("momoko") is None:
+    driver, needed = wrapper.Database.__name__, DRIVERS[engine]
+    if driver != needed:
+        return (
+            f"Django uses {driver} for it, and {engine} needs {needed}. "
+            "(Django takes psycopg, which is psycopg 3, wherever it is installed, and psycopg2 elsewhere.)"
+        )
+    if engine == "momoko" and importlib.util.find_spec("momoko") is None:
         return "momoko is not installed (pip install --no-deps momoko==2.2.5.1)."
+    if engine == "psycopg" and get_version_tuple(wrapper.Database.__version__) < PSYCOPG:
+        return f'psycopg {wrapper.Database.__version__} is too old (pip install "psycopg[binary]>=3.2").'
     return None
