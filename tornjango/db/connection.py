@@ -119,10 +119,19 @@ class PoolConnection:
             context = green.wait((self.lease or self.engine).context())
             if context is not None:
                 return getattr(context, name)
+        if name == "getlimit" and self.engine.wrapper.vendor == "sqlite":
+            return self._sqlite_limit
         raise AttributeError(
             f"{name!r}: in green code a database connection is one of many of a pool, and not the driver's own. "
             "Use cursors; or a sync view, in a worker thread."
         )
+
+    def _sqlite_limit(self, category: int) -> int:
+        """Every connection of the engine tells its wrapper; one is opened if none has been yet."""
+        if "limits" not in vars(self.engine.wrapper):
+            green.wait(self.engine.open())
+        limit: int = self.engine.wrapper.limits[category]
+        return limit
 
 
 class InTurn:
@@ -403,6 +412,10 @@ class PoolWrapper:
     def run_and_clear_commit_hooks(self) -> None:
         with green.shielded():
             super().run_and_clear_commit_hooks()  # type: ignore[misc]
+
+    def disable_constraint_checking(self) -> bool:
+        """Not in autocommit: it is done to one connection, and each statement may have another."""
+        return self.in_transaction and bool(super().disable_constraint_checking())  # type: ignore[misc]
 
     def _close(self) -> None:
         if self.connection is not None:

@@ -90,6 +90,9 @@ class ThreadsEngine(Engine):
     async def mogrify(self, sql: str, params: Params) -> bytes:
         return await self._alone(blocking.mogrify, sql, params)
 
+    async def context(self) -> Any:
+        return await self._alone(_context)
+
     async def close(self) -> None:
         """Statements that do not end within CANCEL_TIMEOUT are left to their threads, which close their connections."""
         if self._closed:
@@ -228,6 +231,9 @@ class ThreadsLease(CursorLease):
 
     async def mogrify(self, sql: str, params: Params) -> bytes:
         return await self.call(blocking.mogrify, sql, params)
+
+    async def context(self) -> Any:
+        return await self.call(_context)
 
     async def commit(self) -> None:
         if self._connection.closed:
@@ -503,6 +509,11 @@ def _only_reads(sql: str) -> bool:
 
 def _fetch(wrapper: Any, cursor: Any, size: int) -> list[Row]:
     return list(cursor.fetchmany(size))
+
+
+def _context(wrapper: Any) -> Any:
+    """psycopg's, which knows how to adapt values for it."""
+    return wrapper.connection if hasattr(wrapper.connection, "adapters") else None
 
 
 def _nothing(wrapper: Any) -> None:
