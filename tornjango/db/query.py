@@ -58,7 +58,7 @@ class Query:
         return self._start().__await__()
 
     def __del__(self) -> None:
-        if getattr(self, "_task", self) is None:
+        if getattr(self, "_task", self) is None and not self._awaited:
             message = f"{self!r} was never sent: await it, or add a callback."
             warnings.warn(message, RuntimeWarning, stacklevel=2, source=self)
 
