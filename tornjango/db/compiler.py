@@ -41,8 +41,12 @@ class Compiled(ABC):
         return list(self.objects(rows, columns))
 
 
-def compile(queryset: AnyQuerySet, using: str | None = None) -> Compiled:
+def compile(
+    queryset: AnyQuerySet, using: str | None = None, connection: Any | None = None
+) -> Compiled:
     """Compiles for the database ``using``, or for the one that the routers choose.
+
+    ``connection`` is a wrapper of Django's for that database, if it is not to be the one of ``django.db.connections``.
 
     Opens no connection: what cannot be compiled without one (it asks for the server's version before a connection
     has told it, or quotes by the driver) raises ``SynchronousOnlyOperation`` on an event loop.
@@ -50,13 +54,17 @@ def compile(queryset: AnyQuerySet, using: str | None = None) -> Compiled:
     alias: str = using or queryset.db
     if isinstance(queryset, RawQuerySet):
         return _CompiledRaw(queryset, alias)
-    return _CompiledQuery(queryset, alias)
+    return _CompiledQuery(queryset, alias, connection)
 
 
 class _CompiledQuery(Compiled):
-    def __init__(self, queryset: QuerySet[Any, Any], alias: str) -> None:
+    def __init__(
+        self, queryset: QuerySet[Any, Any], alias: str, connection: Any | None = None
+    ) -> None:
         self.alias = alias
-        self.compiler: Any = _compilable(queryset.query).get_compiler(alias)
+        wrapper = connection or connections[alias]
+        query = _compilable(queryset.query)
+        self.compiler: Any = wrapper.ops.compiler(query.compiler)(query, wrapper, alias)
         try:
             sql, params = self.compiler.as_sql()
         except EmptyResultSet:
@@ -64,13 +72,13 @@ class _CompiledQuery(Compiled):
         super().__init__(queryset, sql or None, params)
 
     def objects(self, rows: Iterable[Row], columns: Sequence[str]) -> Iterator[Any]:
-        compiler = self.compiler
         if self.sql is None:
             return iter(())
-        if compiler.has_extra_select:
+        if self.compiler.has_extra_select:
             # Columns that only ORDER BY and DISTINCT needed.
-            rows = [row[: compiler.col_count] for row in rows]
-        compiler.execute_sql = lambda *args, **kwargs: (rows,)
+            rows = [row[: self.compiler.col_count] for row in rows]
+        # Another thread may make objects of other rows meanwhile.
+        compiler = _copy(self.compiler, execute_sql=lambda *args, **kwargs: (rows,))
         query = _copy(self.queryset.query)
         query.get_compiler = lambda *args, **kwargs: compiler
         # The database is pinned: a router may choose another one when it is asked again.
