@@ -97,7 +97,8 @@ class Listener:
         await asyncio.shield(self._listening)
 
     async def aclose(self) -> None:
-        """Whoever iterates comes to the end. Closing twice is harmless."""
+        """Whoever iterates comes to the end at once. Closing twice is harmless."""
+        self._queue.clear()
         self.end(StopAsyncIteration())
 
     async def __aenter__(self) -> Self:
