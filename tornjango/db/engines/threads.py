@@ -223,7 +223,7 @@ class ThreadsLease(CursorLease):
         spare = self._engine.wrapper.vendor == "sqlite" and not _only_reads(sql)
         return await self.call(blocking.execute_in_transaction, sql, params, spare=spare)
 
-    async def stream(self, sql: str, params: Params = None) -> CursorStream | ThreadsStream:  # type: ignore[override]
+    async def stream(self, sql: str, params: Params = None) -> Stream:
         if self._engine.wrapper.vendor == "postgresql":
             return await super().stream(sql, params)
         cursor = await self.call(blocking.stream, sql, params)
