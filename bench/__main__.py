@@ -17,8 +17,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench import compare, environment, parked, profiling
-from bench.servers import PEERS, ROOT, BenchError, Place
+from bench import compare, environment, parked, profiling, queries
+from bench.servers import PEERS, ROOT, BenchError, Environment, Peer, Place
 from tests.postgres import Postgres, PostgresError
 
 FULL = compare.Pace(rounds=3, seconds=3.0, warm_up=0.7, connections=20)
@@ -40,7 +40,7 @@ def main() -> int:
 
 
 def _with_default(arguments: list[str]) -> list[str]:
-    named = {"compare", "parked", "profile", "-h", "--help"}
+    named = {"compare", "queries", "parked", "profile", "-h", "--help"}
     return arguments if arguments and arguments[0] in named else ["compare", *arguments]
 
 
@@ -49,19 +49,25 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="print the figures as JSON")
     common.add_argument("--rows", type=count, default=25, help="rows of the 2009 view (25)")
     common.add_argument("--peers-python", help="with psycopg 3, uvicorn, gunicorn (made)")
+    common.add_argument("--psycopg", help="folder with psycopg 3, for tornjango (made)")
     top = argparse.ArgumentParser(prog="bin/bench", description="Measure tornjango and its peers.")
     commands = top.add_subparsers()
     names = [peer.key for peer in PEERS]
 
-    command = commands.add_parser("compare", parents=[common], help="the peers side by side")
-    command.add_argument("--quick", action="store_true", help="under a minute, rougher figures")
-    command.add_argument("--rounds", type=count, help="of all servers in turn (3)")
-    command.add_argument("--seconds", type=duration, help="each measurement (3)")
-    command.add_argument(
+    paced = argparse.ArgumentParser(add_help=False)
+    paced.add_argument("--quick", action="store_true", help="about a minute, rougher figures")
+    paced.add_argument("--rounds", type=count, help="of all in turn (3)")
+    paced.add_argument("--seconds", type=duration, help="each measurement (3)")
+    paced.add_argument(
         "--servers", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names)
     )
+
+    command = commands.add_parser("compare", parents=[common, paced], help="all side by side")
     command.add_argument("--connections", type=count, default=20, help="kept open (20)")
     command.set_defaults(run=run_compare)
+
+    command = commands.add_parser("queries", parents=[common, paced], help="without HTTP")
+    command.set_defaults(run=run_queries)
 
     command = commands.add_parser("parked", parents=[common], help="long-polls that wait")
     command.add_argument(
@@ -77,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("profile", parents=[common], help="where a view's time goes")
     command.add_argument("view", choices=sorted(compare.VIEWS))
-    command.add_argument("--middleware", choices=sorted(compare.MIDDLEWARE), default="none")
+    command.add_argument("--middleware", choices=sorted(compare.MIDDLEWARE))
     command.add_argument("--seconds", type=duration, default=10.0, help="of sampling (10)")
     command.set_defaults(run=run_profile)
     return top
@@ -95,20 +101,43 @@ def duration(text: str) -> float:
     return number
 
 
-def run_compare(options: argparse.Namespace) -> None:
-    pace = QUICK if options.quick else FULL
-    pace = dataclasses.replace(
-        pace,
-        rounds=options.rounds or pace.rounds,
-        seconds=options.seconds or pace.seconds,
-        connections=options.connections,
+def pace(options: argparse.Namespace) -> compare.Pace:
+    usual = QUICK if options.quick else FULL
+    return dataclasses.replace(
+        usual,
+        rounds=options.rounds or usual.rounds,
+        seconds=options.seconds or usual.seconds,
+        connections=getattr(options, "connections", usual.connections),
     )
+
+
+def chosen(options: argparse.Namespace) -> list[Peer]:
+    return [peer for peer in PEERS if peer.key in options.servers]
+
+
+def run_compare(options: argparse.Namespace) -> None:
     with place(options) as (where, versions):
         answers = fill(where, options.rows)
-        peers = [peer for peer in PEERS if peer.key in options.servers]
-        samples = compare.compare(where, answers, pace, peers)
-    figures = {"versions": versions, "rows": options.rows, "figures": compare.as_json(samples)}
-    show(options, figures, f"{versions}\n\n{compare.report(samples)}")
+        samples, counts = compare.compare(where, answers, pace(options), chosen(options))
+    figures = {
+        "versions": versions,
+        "rows": options.rows,
+        "figures": compare.as_json(samples),
+        "queries": queries.as_json(counts),
+    }
+    texts = [versions, queries.report(counts) if counts else "", compare.report(samples)]
+    show(options, figures, "\n\n".join(filter(None, texts)))
+
+
+def run_queries(options: argparse.Namespace) -> None:
+    with place(options) as (where, versions):
+        fill(where, options.rows)
+        counts = queries.run(where, queries.environments(chosen(options)), pace(options))
+    show(
+        options,
+        {"versions": versions, "queries": queries.as_json(counts)},
+        f"{versions}\n\n{queries.report(counts)}",
+    )
 
 
 def run_parked(options: argparse.Namespace) -> None:
@@ -128,9 +157,8 @@ def run_parked(options: argparse.Namespace) -> None:
 def run_profile(options: argparse.Namespace) -> None:
     with place(options) as (where, versions):
         answers = fill(where, options.rows)[options.view]
-        profile = profiling.run(
-            where, answers, middleware=options.middleware, seconds=options.seconds
-        )
+        middleware = options.middleware or compare.least_middleware(options.view)
+        profile = profiling.run(where, answers, middleware=middleware, seconds=options.seconds)
     text = profiling.report(profile, compare.VIEWS[options.view])
     show(
         options,
@@ -148,6 +176,7 @@ def place(options: argparse.Namespace) -> Iterator[tuple[Place, str]]:
     """A new PostgreSQL beside the client on all cores but the first, which is the servers' alone."""
     first, *others = cores()
     peers = options.peers_python or environment.peers_python()
+    psycopg = options.psycopg or environment.psycopg_folder()
     os.sched_setaffinity(0, others)
     with (
         tempfile.TemporaryDirectory(prefix="bench-") as folder,
@@ -159,9 +188,8 @@ def place(options: argparse.Namespace) -> Iterator[tuple[Place, str]]:
             "BENCH_DB_PORT": str(postgres.port),
             "BENCH_DB_USER": postgres.user,
             "DJANGO_SETTINGS_MODULE": "bench.project.settings",
-            "PYTHONPATH": str(ROOT),
         }
-        where = Place(sys.executable, peers, env, first)
+        where = Place(sys.executable, peers, psycopg, env, first)
         yield where, versions(where, len(others) + 1)
 
 
@@ -198,9 +226,10 @@ def fill(where: Place, rows: int) -> compare.Answers:
     """Loads the data, and says what every view must answer."""
     if rows > 500:
         raise BenchError(f"--rows takes 1 to 500, not {rows}.")
-    command = [where.peers_python, "-m", "bench.project.fill", str(rows)]
-    answers: compare.Answers = json.loads(_output(command, where))
-    if (found := answers["2009"][0][1].count("<time")) != rows:
+    answers: compare.Answers = json.loads(
+        _output(where, "peers", "-m", "bench.project.fill", str(rows))
+    )
+    if (found := answers["2009"][0][-1].count("<time")) != rows:
         raise BenchError(f"The 2009 view has {found} rows, not {rows}.")
     return answers
 
@@ -213,15 +242,17 @@ def versions(where: Place, count: int) -> str:
         [
             f"{datetime.date.today()}, Python {platform.python_version()}, {count} cores, "
             "one process and one core for the server",
-            "tornjango: " + _output([where.tornjango_python, "-c", listing, *ours], where),
-            "peers:     " + _output([where.peers_python, "-c", listing, *theirs], where),
+            f"tornjango: {_output(where, 'momoko', '-c', listing, *ours)}; "
+            f"or {_output(where, 'psycopg', '-c', listing, 'psycopg')}",
+            f"peers:     {_output(where, 'peers', '-c', listing, *theirs)}",
         ]
     )
 
 
-def _output(command: list[str], where: Place) -> str:
+def _output(where: Place, environment: Environment, *arguments: str) -> str:
+    command = [where.python(environment), *arguments]
     done = subprocess.run(
-        command, env=os.environ | where.env, cwd=ROOT, capture_output=True, text=True
+        command, env=where.environ(environment), cwd=ROOT, capture_output=True, text=True
     )
     if done.returncode:
         raise BenchError(f"{command[0]} failed:\n{done.stderr[-3000:]}")

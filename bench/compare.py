@@ -9,15 +9,29 @@ import subprocess
 import sys
 from collections import defaultdict
 
-from bench import figures
-from bench.load import Outcome, Plan
-from bench.servers import BARE, PEERS, ROOT, UVICORN, BenchError, Peer, Place, Server, serve
+from bench import figures, queries
+from bench.load import Exchange, Outcome, Plan
+from bench.servers import BARE, OURS, PEERS, ROOT, UVICORN, BenchError, Peer, Place, Server, serve
 
-VIEWS = {"json": "JSON", "row": "one row -> JSON", "2009": "the 2009 view"}
+VIEWS = {
+    "json": "JSON",
+    "row": "one row -> JSON, aget",
+    "fetch": "one row -> JSON, db.fetch",
+    "prepared": "one row -> JSON, prepared",
+    "twenty": "20 rows -> JSON, 20 aget",
+    "2009": "the 2009 view",
+    "page": "page for who is logged in",
+}
 MIDDLEWARE = {"none": "no middleware", "default": "default middleware"}
-CELLS = {"none": ("json", "row", "2009"), "default": ("json", "row")}
+CELLS = {
+    "none": ("json", "row", "fetch", "prepared", "twenty", "2009"),
+    "default": ("json", "row", "page"),
+}
 
-Answers = dict[str, list[tuple[str, str]]]
+# For a row of the table where only tornjango has a view: what that stands beside, of the peers.
+BESIDE = {"fetch": "row", "prepared": "row"}
+
+Answers = dict[str, list[Exchange]]
 Cell = tuple[str, str]
 Samples = dict[tuple[str, Cell], list[figures.Sample]]
 
@@ -33,10 +47,18 @@ class Pace:
     fresh: bool = True
     """New processes each round: the luck of one in memory and hashing is not the next one's."""
 
+    def warmed(self) -> Pace:
+        """For the next measurement of the same processes."""
+        return self if self.fresh else dataclasses.replace(self, warm_up=0.0)
 
-def compare(place: Place, answers: Answers, pace: Pace, peers: list[Peer]) -> Samples:
-    """Raises BenchError at the first wrong answer of any server."""
+
+def compare(
+    place: Place, answers: Answers, pace: Pace, peers: list[Peer]
+) -> tuple[Samples, queries.Counts]:
+    """Views over HTTP, and queries alone. Raises BenchError at the first wrong answer of any server."""
     samples: Samples = defaultdict(list)
+    counts: queries.Counts = defaultdict(list)
+    environments = queries.environments(peers)
     with contextlib.ExitStack() as stack:
         running: list[tuple[Peer, str, Server]] = []
         for number in range(pace.rounds):
@@ -46,10 +68,12 @@ def compare(place: Place, answers: Answers, pace: Pace, peers: list[Peer]) -> Sa
                 for view in views_of(peer, middleware):
                     sample = measure(server, peer, answers[view], pace)
                     samples[peer.name, (view, middleware)].append(sample)
+            queries.measure(place, environments, pace, counts)
+            pace = pace.warmed()
             if pace.fresh:
                 stack.close()
                 running = []
-    return samples
+    return samples, counts
 
 
 def _start(
@@ -67,15 +91,20 @@ def _start(
 def views_of(peer: Peer, middleware: str) -> tuple[str, ...]:
     if peer is BARE:
         return ("json",) if middleware == "none" else ()
-    return CELLS[middleware]
+    if peer in OURS:
+        return CELLS[middleware]
+    return tuple(view for view in CELLS[middleware] if view not in BESIDE)
 
 
-def measure(
-    server: Server, peer: Peer, answers: list[tuple[str, str]], pace: Pace
-) -> figures.Sample:
-    exchanges = [(f"/{peer.spelling}/{path}", body) for path, body in answers]
+def least_middleware(view: str) -> str:
+    return next(name for name, views in CELLS.items() if view in views)
+
+
+def measure(server: Server, peer: Peer, answers: list[Exchange], pace: Pace) -> figures.Sample:
+    exchanges = [(f"/{peer.spelling}/{path}", cookie, body) for path, cookie, body in answers]
     plan = Plan(server.port, exchanges, pace.connections, pace.warm_up)
-    run_load(plan, peer, server)
+    if pace.warm_up:
+        run_load(plan, peer, server)
     before = server.cpu()
     outcome = run_load(dataclasses.replace(plan, seconds=pace.seconds), peer, server)
     return figures.Sample(
@@ -111,9 +140,15 @@ def report(samples: Samples) -> str:
     names = [peer.name for peer in PEERS if any(peer.name == name for name, _ in samples)]
     header = ["", *names]
 
+    def summary(name: str, cell: Cell) -> figures.Summary | None:
+        beside = BESIDE.get(cell[0], cell[0]), cell[1]
+        return summaries.get((name, cell)) or (
+            summaries.get((name, beside)) if name not in {peer.name for peer in OURS} else None
+        )
+
     def line(cell: Cell, cell_text: figures.CellText) -> list[str]:
-        reference = summaries.get((UVICORN.name, cell))
-        texts = [cell_text(summaries.get((name, cell)), reference) for name in names]
+        reference = summary(UVICORN.name, cell)
+        texts = [cell_text(summary(name, cell), reference) for name in names]
         return [f"{VIEWS[cell[0]]}, {MIDDLEWARE[cell[1]]}", *texts]
 
     def lines(cell_text: figures.CellText) -> list[list[str]]:

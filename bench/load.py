@@ -16,6 +16,9 @@ from collections.abc import Iterator
 
 from bench.wire import WireError, parse, request_bytes
 
+#: A path, the cookie sent with the request or "", and the body that must come back.
+Exchange = tuple[str, str, str]
+
 # How long after the end of the run the last answers may take.
 GRACE = 15.0
 
@@ -23,8 +26,8 @@ GRACE = 15.0
 @dataclasses.dataclass(frozen=True)
 class Plan:
     port: int
-    exchanges: list[tuple[str, str]]
-    """Paths and the bodies that must come back, requested in turn."""
+    exchanges: list[Exchange]
+    """Requested in turn."""
     connections: int
     seconds: float
     host: str = "127.0.0.1"
@@ -156,7 +159,12 @@ class Client(asyncio.Protocol):
 
 
 def _cycle(plan: Plan) -> Iterator[tuple[bytes, bytes]]:
-    return itertools.cycle([(request_bytes(path), body.encode()) for path, body in plan.exchanges])
+    return itertools.cycle(
+        [
+            (request_bytes(path, cookie=cookie), body.encode())
+            for path, cookie, body in plan.exchanges
+        ]
+    )
 
 
 async def load(plan: Plan) -> Outcome:

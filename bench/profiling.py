@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bench.compare import Pace, measure
 from bench.figures import shares, table
+from bench.load import Exchange
 from bench.servers import TORNJANGO, BenchError, Place, serve
 
 Stack = list[tuple[str, str]]
@@ -34,6 +35,9 @@ LAYERS = (
     ("/django/", "Django: request, response, signals"),
     ("/momoko/", "momoko and psycopg2"),
     ("/psycopg2/", "momoko and psycopg2"),
+    ("/psycopg/", "psycopg 3"),
+    ("/tornjango/green.py", "tornjango: green code"),
+    ("/tornjango/asyncdjango.py", "tornjango: green code"),
     ("/tornjango/db/", "tornjango: queries and pool"),
     ("/tornjango/templates.py", "tornjango: templates"),
     ("/tornjango/", "tornjango: request, response, view"),
@@ -59,9 +63,7 @@ class Profile:
     """Name, share, microseconds: of the function's own time."""
 
 
-def run(
-    place: Place, answers: list[tuple[str, str]], *, middleware: str, seconds: float
-) -> Profile:
+def run(place: Place, answers: list[Exchange], *, middleware: str, seconds: float) -> Profile:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         out = Path(folder, "stacks")
         under = ("bench.sampled", str(out))

@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
@@ -27,6 +28,10 @@ class BenchError(Exception):
     """The benchmark cannot go on; the message says why."""
 
 
+#: Ours with psycopg2 and momoko, ours with psycopg 3 before them, and the peers' with psycopg 3 and its pool.
+Environment = Literal["momoko", "psycopg", "peers"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Peer:
     """One way to serve the project. ``command`` takes the interpreter and the port."""
@@ -35,7 +40,7 @@ class Peer:
     name: str
     spelling: str
     command: Callable[[str, int], list[str]]
-    psycopg3: bool = False
+    environment: Environment = "momoko"
 
 
 def _tornjango(python: str, port: int) -> list[str]:
@@ -58,10 +63,12 @@ def _bare(python: str, port: int) -> list[str]:
 
 
 TORNJANGO = Peer("tornjango", "tornjango", "tornjango", _tornjango)
-UVICORN = Peer("uvicorn", "uvicorn + Django ASGI", "asgi", _uvicorn, psycopg3=True)
-GUNICORN = Peer("gunicorn", "gunicorn threads + WSGI", "wsgi", _gunicorn, psycopg3=True)
+PSYCOPG = Peer("psycopg", "tornjango, psycopg 3", "tornjango", _tornjango, "psycopg")
+UVICORN = Peer("uvicorn", "uvicorn + Django ASGI", "asgi", _uvicorn, "peers")
+GUNICORN = Peer("gunicorn", "gunicorn threads + WSGI", "wsgi", _gunicorn, "peers")
 BARE = Peer("tornado", "bare Tornado handler", "bare", _bare)
-PEERS = (TORNJANGO, UVICORN, GUNICORN, BARE)
+OURS = (TORNJANGO, PSYCOPG)
+PEERS = (*OURS, UVICORN, GUNICORN, BARE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +77,23 @@ class Place:
 
     tornjango_python: str
     peers_python: str
+    psycopg: str
+    """A folder that has psycopg 3, for tornjango's interpreter."""
     env: dict[str, str]
     core: int
 
-    def python(self, peer: Peer) -> str:
-        return self.peers_python if peer.psycopg3 else self.tornjango_python
+    def python(self, environment: Environment) -> str:
+        return self.peers_python if environment == "peers" else self.tornjango_python
+
+    def environ(self, environment: Environment) -> dict[str, str]:
+        env = os.environ | self.env | {"BENCH_ENGINE": environment, "PYTHONPATH": str(ROOT)}
+        if environment == "psycopg":
+            env["PYTHONPATH"] += os.pathsep + self.psycopg
+        return env
+
+    def keep_to_core(self) -> None:
+        """For a new process."""
+        os.sched_setaffinity(0, {self.core})
 
 
 class Server:
@@ -160,9 +179,9 @@ def serve(
     ``under`` is a module with arguments that runs the server's module, such as a profiler.
     """
     port = free_port()
-    command = peer.command(place.python(peer), port)
+    command = peer.command(place.python(peer.environment), port)
     command[2:2] = under
-    env = os.environ | place.env | {"BENCH_MIDDLEWARE": middleware}
+    env = place.environ(peer.environment) | {"BENCH_MIDDLEWARE": middleware}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         log = Path(folder, "log")
         with log.open("wb") as output:
@@ -174,7 +193,7 @@ def serve(
                 cwd=ROOT,
                 env=env,
                 start_new_session=True,
-                preexec_fn=lambda: os.sched_setaffinity(0, {place.core}),
+                preexec_fn=place.keep_to_core,
             )
         server = Server(process, port, log)
         try:

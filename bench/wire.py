@@ -18,9 +18,11 @@ class Answer:
     keep_alive: bool
 
 
-def request_bytes(path: str, *, host: str = "127.0.0.1") -> bytes:
+def request_bytes(path: str, *, host: str = "127.0.0.1", cookie: str = "") -> bytes:
     """A GET with the headers of a small client."""
     headers = f"Host: {host}\r\nUser-Agent: bench\r\nAccept: */*\r\n"
+    if cookie:
+        headers += f"Cookie: {cookie}\r\n"
     return f"GET {path} HTTP/1.1\r\n{headers}\r\n".encode()
 
 

@@ -3,18 +3,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import sys
 from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
 
 import pytest
 
-from bench.compare import CELLS, Pace, report, views_of
+from bench.__main__ import FULL, QUICK, fill
+from bench.compare import CELLS, VIEWS, Pace, compare, report, views_of
 from bench.figures import Sample, Summary, cost_cell, rate_cell, shares, summarize, table
 from bench.load import Outcome, Plan, load
 from bench.pollers import Fleet, Polls
 from bench.profiling import analyse, layer_of
-from bench.project.fill import BLOGS, year_and_sport
-from bench.servers import BARE, GUNICORN, PEERS, TORNJANGO, UVICORN
+from bench.project.fill import BLOGS, PKS, year_and_sport
+from bench.queries import Counts, environments
+from bench.queries import figures as query_figures
+from bench.queries import report as query_report
+from bench.servers import BARE, GUNICORN, PEERS, PSYCOPG, TORNJANGO, UVICORN, Environment, Place
+from bench.ways import TASKS, Count, Way, count
 from bench.wire import Answer, WireError, parse, request_bytes
+from tests.postgres import Postgres
 
 PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n"
@@ -77,18 +86,39 @@ def test_table_is_aligned() -> None:
 
 
 def test_every_peer_is_measured_in_every_cell_it_can_serve() -> None:
-    assert [views_of(TORNJANGO, name) for name in CELLS] == [
-        ("json", "row", "2009"),
-        ("json", "row"),
-    ]
+    assert [views_of(peer, name) for peer in (TORNJANGO, PSYCOPG) for name in CELLS] == [
+        ("json", "row", "fetch", "prepared", "twenty", "2009"),
+        ("json", "row", "page"),
+    ] * 2
+    for peer in (UVICORN, GUNICORN):
+        assert views_of(peer, "none") == ("json", "row", "twenty", "2009")
+        assert views_of(peer, "default") == CELLS["default"]
     assert [views_of(BARE, name) for name in CELLS] == [("json",), ()]
+    assert set(VIEWS) == {view for views in CELLS.values() for view in views}
+
+
+def test_tornjangos_own_ways_to_a_row_stand_beside_the_peers_one() -> None:
+    samples = {(UVICORN.name, ("row", "none")): [sample(cpu=1.0)]}
+    samples |= {(TORNJANGO.name, ("fetch", "none")): [sample(cpu=0.25)]}
+    costs = report(samples).partition("Requests a second")[0]
+    lines = {line.split("  ")[0]: line for line in costs.splitlines()}
+    assert "2,500 x0.25" in lines["one row -> JSON, db.fetch, no middleware"]
+    assert "10,000 x1.00" in lines["one row -> JSON, db.fetch, no middleware"]
+    assert lines["one row -> JSON, aget, no middleware"].split()[-3:] == ["-", "10,000", "x1.00"]
 
 
 def test_report_leaves_out_servers_that_were_not_asked_for() -> None:
-    cells = [(view, name) for name, views in CELLS.items() for view in views]
-    text = report({(peer.name, cell): [sample()] for peer in (UVICORN, GUNICORN) for cell in cells})
-    assert [peer.name in text for peer in PEERS] == [False, True, True, False]
-    assert "1,000 requests measured, 0 errors" in text
+    text = report(
+        {
+            (peer.name, (view, name)): [sample()]
+            for peer in (UVICORN, GUNICORN)
+            for name in CELLS
+            for view in views_of(peer, name)
+        }
+    )
+    header = text.splitlines()[1]
+    assert [peer.name in header for peer in PEERS] == [False, False, True, True, False]
+    assert "1,400 requests measured, 0 errors" in text
 
 
 def test_profile_gives_helpers_time_to_their_caller() -> None:
@@ -142,7 +172,7 @@ def run_load(answer: bytes, *, most: int = 10) -> Outcome:
     async def main() -> Outcome | WireError:
         async with serving(reply) as port:
             try:
-                plan = Plan(port, [("/", "hello")], connections=2, seconds=30, most=most)
+                plan = Plan(port, [("/", "", "hello")], connections=2, seconds=30, most=most)
                 return await load(plan)
             except WireError as error:
                 return error
@@ -225,7 +255,79 @@ def test_request_has_a_host() -> None:
     assert request_bytes("/a/").startswith(b"GET /a/ HTTP/1.1\r\nHost: 127.0.0.1\r\n")
 
 
-def test_full_run_has_the_rounds_a_median_needs() -> None:
-    from bench.__main__ import FULL, QUICK
+def test_request_has_its_cookie_if_any() -> None:
+    assert request_bytes("/", cookie="a=1").endswith(b"\r\nCookie: a=1\r\n\r\n")
+    assert b"Cookie" not in request_bytes("/")
 
+
+def calls(environment: Environment, way: str, queries: int, cpu: float) -> Counts:
+    return {(environment, way): [Count(way, queries, calls=1000, cpu=cpu, seconds=2.0)] * 3}
+
+
+def test_a_request_without_a_query_is_taken_off_those_of_django() -> None:
+    counts = calls("peers", "empty", 0, 1.0)
+    counts |= calls("peers", "one", 1, 2.0)
+    counts |= calls("peers", "twenty", 20, 11.0)
+    counts |= calls("momoko", "aget", 1, 0.5)
+    found = query_figures(counts)
+    assert {key[1]: round(figure.cpu_us) for key, figure in found.items()} == {
+        "one": 1000,
+        "twenty": 500,
+        "aget": 500,
+    }
+    assert found["peers", "twenty"].per_second == pytest.approx(10_000)
+
+
+def test_queries_are_compared_with_the_one_that_a_request_makes() -> None:
+    counts = calls("peers", "empty", 0, 0.0) | calls("peers", "one", 1, 1.0)
+    text = query_report(counts | calls("psycopg", "prepared", 1, 0.1))
+    assert "psycopg 3, prepared" in text
+    assert "100  x0.10" in text
+    assert "are taken off" in text
+    assert "taken off" not in query_report(calls("momoko", "aget", 1, 1.0))
+
+
+def test_servers_that_are_not_asked_for_make_no_queries() -> None:
+    assert environments(PEERS) == ["momoko", "psycopg", "peers"]
+    assert environments([GUNICORN, BARE]) == []
+
+
+def test_calls_of_a_way_are_counted() -> None:
+    async def call(pk: int) -> SimpleNamespace:
+        await asyncio.sleep(0)
+        asked.append(pk)
+        return SimpleNamespace(pk=pk)
+
+    asked: list[int] = []
+    found = asyncio.run(count(Way("a", 1, call), 0.02))
+    assert found.calls == len(asked) >= TASKS
+    assert set(asked) <= set(PKS)
+    assert found.seconds >= 0.02
+
+
+def test_a_wrong_row_ends_the_count() -> None:
+    async def call(pk: int) -> SimpleNamespace:
+        return SimpleNamespace(pk=pk + 1)
+
+    with pytest.raises(ValueError, match="row 2, not 1"):
+        asyncio.run(count(Way("a", 1, call), 5))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the benchmark needs Linux")
+def test_tornjango_answers_every_view_and_query_as_django_does(postgres: Postgres) -> None:
+    """Its own environment stands in for the peers', which the tests have not."""
+    postgres.create_database("bench")
+    env = {"DJANGO_SETTINGS_MODULE": "bench.project.settings", "BENCH_DB_USER": postgres.user}
+    env |= {"BENCH_DB_HOST": str(postgres.socket), "BENCH_DB_PORT": str(postgres.port)}
+    core = min(os.sched_getaffinity(0))
+    place = Place(sys.executable, sys.executable, psycopg="", env=env, core=core)
+    pace = Pace(rounds=1, seconds=0.1, warm_up=0.0, connections=2)
+    samples, counts = compare(place, fill(place, 25), pace, [TORNJANGO])
+    views = {(view, name) for name in CELLS for view in views_of(TORNJANGO, name)}
+    assert {cell for _, cell in samples} == views
+    assert {way for _, way in counts} == {"aget", "fetch", "prepared"}
+
+
+def test_full_run_has_the_rounds_a_median_needs() -> None:
     assert all(isinstance(pace, Pace) and pace.rounds >= 3 for pace in (FULL, QUICK))

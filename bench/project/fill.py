@@ -14,12 +14,17 @@ from typing import TYPE_CHECKING
 import django
 
 if TYPE_CHECKING:
+    from django.test import Client
+
+    from bench.load import Exchange
     from bench.project.models import Blog
 
 BLOGS = 3000
 TAGS = [f"tag-{n}" for n in range(19)] + ["sport"]
 # One-row requests go through these in turn, so that nothing is measured on a single hot row.
 PKS = range(1, BLOGS, BLOGS // 100)
+# Tornjango's own ways to one row, with the same answers.
+WAYS = ("fetch", "prepared")
 
 
 def year_and_sport(number: int, rows: int) -> tuple[int, bool]:
@@ -61,20 +66,43 @@ def blog(number: int, year: int) -> Blog:
     )
 
 
-def answers() -> dict[str, list[tuple[str, str]]]:
-    """For each view its paths, below the spelling's prefix, and the body of each."""
+def log_in(client: Client) -> str:
+    """The cookie of somebody's session."""
+    from django.contrib.auth.models import User
+
+    user = User.objects.create_user("ann", first_name="Ann", last_name="O'Neill & Co")
+    User.objects.update(date_joined=datetime.datetime(2009, 9, 9, tzinfo=datetime.UTC))
+    client.force_login(user)
+    return "; ".join(f"{name}={morsel.value}" for name, morsel in client.cookies.items())
+
+
+def answers() -> dict[str, list[Exchange]]:
+    """For each view what is asked for, with paths below the spelling's prefix, and what must come back."""
     from django.test import Client
 
     client = Client(HTTP_HOST="127.0.0.1")
-    paths = {"json": ["json/"], "row": [f"row/{pk}/" for pk in PKS], "2009": ["2009/"]}
+    session = log_in(client)
+
+    def ask(*paths: str, cookie: str = "") -> list[Exchange]:
+        return [(path, cookie, client.get(f"/wsgi/{path}").content.decode()) for path in paths]
+
+    rows = ask(*(f"row/{pk}/" for pk in PKS))
     return {
-        view: [(path, client.get(f"/wsgi/{path}").content.decode()) for path in tails]
-        for view, tails in paths.items()
+        "json": ask("json/"),
+        "row": rows,
+        **{
+            way: [(path.replace("row", way), cookie, body) for path, cookie, body in rows]
+            for way in WAYS
+        },
+        "twenty": ask(*(f"twenty/{pk}/" for pk in PKS)),
+        "2009": ask("2009/"),
+        "page": ask("page/", cookie=session),
     }
 
 
 def main() -> None:
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "bench.project.settings")
+    os.environ["BENCH_MIDDLEWARE"] = "default"
     django.setup()
     from django.core.management import call_command
     from django.db import connection

@@ -14,7 +14,7 @@ PSYCOPG3 = find_spec("psycopg") is not None
 TORNADO = find_spec("tornado") is not None
 
 # What tornjango's pools hold by default, given to every peer.
-CONNECTIONS = 10
+CONNECTIONS = int(os.environ.get("BENCH_CONNECTIONS", "10"))
 
 SECRET_KEY = "bench: not a secret, nothing is signed with it outside this machine"
 DEBUG = False
@@ -62,6 +62,8 @@ TEMPLATES = [
     }
 ]
 
+# Django's own pool, for the peers: tornjango has its own.
+POOL = {"pool": {"min_size": CONNECTIONS, "max_size": CONNECTIONS}}
 DATABASES = {
     "default": {
         "ENGINE": "django.db.backends.postgresql",
@@ -69,12 +71,21 @@ DATABASES = {
         "USER": os.environ.get("BENCH_DB_USER", "postgres"),
         "HOST": os.environ.get("BENCH_DB_HOST", ""),
         "PORT": os.environ.get("BENCH_DB_PORT", ""),
-        "OPTIONS": {"pool": {"min_size": CONNECTIONS, "max_size": CONNECTIONS}} if PSYCOPG3 else {},
+        "OPTIONS": POOL if PSYCOPG3 and not TORNADO else {},
     }
+}
+
+# The benchmark shows what a server said when an answer is wrong.
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "handlers": {"console": {"class": "logging.StreamHandler"}},
+    "root": {"handlers": ["console"], "level": "ERROR"},
 }
 
 # Parked polls stay parked until the benchmark publishes, however many there are to connect first.
 TORNJANGO = {
+    "ENGINES": {"default": os.environ.get("BENCH_ENGINE", "momoko")},
     "POOL_SIZE": CONNECTIONS,
     "RESPONSE_TIMEOUT": 600,
     "COMET": {"POLL_TIMEOUT": 600},

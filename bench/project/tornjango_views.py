@@ -1,20 +1,30 @@
-"""The views in tornjango's spelling, the last one as in the 2009 message, and what ``bin/bench parked`` asks."""
+"""The views in tornjango's spellings, one of them as in the 2009 message, and what ``bin/bench parked`` asks."""
 
 from __future__ import annotations
 
-from django.http import HttpRequest, JsonResponse
+from django.contrib.auth.decorators import login_required
+from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.urls import path
 
+from bench.project.asgi_views import row, twenty
 from bench.project.models import Blog
 from tornjango import DeferredResponse, comet, db
+from tornjango.shortcuts import arender
+
+by_pk = db.prepare(lambda pk: Blog.objects.filter(pk=pk))
 
 
 async def greeting(request: HttpRequest) -> JsonResponse:
     return JsonResponse({"message": "Hello, world!"})
 
 
-async def row(request: HttpRequest, pk: int) -> JsonResponse:
+async def fetched(request: HttpRequest, pk: int) -> JsonResponse:
     blog = (await db.fetch(Blog.objects.filter(pk=pk)))[0]
+    return JsonResponse({"id": blog.pk, "title": blog.title, "pubdate": blog.pubdate})
+
+
+async def prepared(request: HttpRequest, pk: int) -> JsonResponse:
+    blog = await by_pk.get(pk=pk)
     return JsonResponse({"id": blog.pk, "title": blog.title, "pubdate": blog.pubdate})
 
 
@@ -25,6 +35,11 @@ def year_2009(request: HttpRequest, response: DeferredResponse) -> None:
         response.render("blog.html", {"rows": rows})
 
     db.execute_async(query, done)
+
+
+@login_required
+async def page(request: HttpRequest) -> HttpResponse:
+    return await arender(request, "page.html")
 
 
 async def cursor(request: HttpRequest) -> JsonResponse:
@@ -42,7 +57,12 @@ async def status(request: HttpRequest) -> JsonResponse:
 
 urlpatterns = [
     path("json/", greeting),
+    # Django's async methods, spelled as for any server.
     path("row/<int:pk>/", row),
+    path("twenty/<int:pk>/", twenty),
+    path("fetch/<int:pk>/", fetched),
+    path("prepared/<int:pk>/", prepared),
+    path("page/", page),
     path("2009/", year_2009),  # type: ignore[arg-type]  # django-stubs knows no deferred views
     path("cursor/", cursor),
     path("publish/", publish),

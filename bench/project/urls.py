@@ -1,4 +1,4 @@
-"""The same three views, once in each server's natural spelling."""
+"""The same views, once in each server's natural spelling."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from django.contrib.auth.decorators import login_required
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.shortcuts import render
 from django.urls import path
@@ -18,9 +19,25 @@ def row(request: HttpRequest, pk: int) -> JsonResponse:
     return JsonResponse({"id": blog.pk, "title": blog.title, "pubdate": blog.pubdate})
 
 
+def twenty(request: HttpRequest, pk: int) -> JsonResponse:
+    blogs = [Blog.objects.get(pk=pk + n) for n in range(20)]
+    return JsonResponse({"titles": [blog.title for blog in blogs]})
+
+
 def year_2009(request: HttpRequest) -> HttpResponse:
     rows = Blog.objects.filter(pubdate__year=2009).exclude(tag__slug="sport")
     return render(request, "blog.html", {"rows": rows})
 
 
-urlpatterns = [path("json/", greeting), path("row/<int:pk>/", row), path("2009/", year_2009)]
+@login_required
+def page(request: HttpRequest) -> HttpResponse:
+    return render(request, "page.html")
+
+
+urlpatterns = [
+    path("json/", greeting),
+    path("row/<int:pk>/", row),
+    path("twenty/<int:pk>/", twenty),
+    path("2009/", year_2009),
+    path("page/", page),
+]
