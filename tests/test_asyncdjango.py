@@ -48,6 +48,7 @@ def replaceable() -> dict[str, Any]:
     places |= {f"{twin.cls}.{twin.name}" for twin in asyncdjango.TWINS}
     places |= {
         "django.contrib.auth.hashers.get_hashers",
+        "django.dispatch.dispatcher.sync_to_async",
         "django.core.files.storage.base.Storage.save",
         "django.core.files.storage.filesystem.FileSystemStorage.exists",
         "django.core.cache.backends.filebased.FileBasedCache.get",
@@ -394,6 +395,16 @@ async def test_receivers_of_others_are_called_in_a_thread() -> None:
         await signal.asend(sender=None)
     assert threads
     assert LOOP not in threads
+
+
+@pytest.mark.gen_test
+async def test_djangos_receivers_are_in_the_senders_transaction(database: None) -> None:
+    async with opened(), db.atomic():
+        user = await User.objects.acreate(username="ann", last_login=None)
+        await alogin(Requests().request, user, "django.contrib.auth.backends.ModelBackend")
+        await user.arefresh_from_db()
+        assert user.last_login is not None
+        assert await asyncio.gather(user.arefresh_from_db(), return_exceptions=True) != [None]
 
 
 # Between sync and async

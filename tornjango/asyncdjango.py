@@ -7,6 +7,7 @@ else's ``sync_to_async`` changes: what a project wraps by itself still has a thr
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib
 import inspect
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import asgiref.sync
 from asgiref.sync import AsyncToSync
 from django.apps import apps
+from django.dispatch import dispatcher
 
 from tornjango import blocking, green
 
@@ -60,7 +62,6 @@ MODULES: dict[str, Callable[[Function], bool]] = {
     "django.contrib.auth.backends": _of_django,
     "django.contrib.auth.decorators": _of_django,
     "django.contrib.sessions.backends.base": _of_django,
-    "django.dispatch.dispatcher": _receivers_of_django,
 }
 
 
@@ -133,6 +134,7 @@ def install() -> None:
         module = _module(name)
         if module is not None and hasattr(module, "sync_to_async"):
             _replace(module, "sync_to_async", functools.partial(_sync_to_async, runs_green))
+    _replace(dispatcher, "sync_to_async", _receivers_to_async)
     for twin in TWINS:
         _install_twin(twin)
     _replace(AsyncToSync, "__call__", _async_to_sync(AsyncToSync.__call__))
@@ -185,6 +187,20 @@ def _sync_to_async(
     if thread_sensitive and runs_green(fn):
         return functools.partial(run, fn)
     return asgiref.sync.sync_to_async(fn, thread_sensitive=thread_sensitive, **options)
+
+
+def _receivers_to_async(fn: Function) -> Callable[..., Coroutine[Any, Any, Any]]:
+    """Django 5.2 calls them in a task, which the sender waits for: they are in the sender's transaction all the same."""
+    if not _receivers_of_django(fn):
+        return asgiref.sync.sync_to_async(fn)
+    scope = green.current()
+    senders = scope if scope is not None and scope.admits(asyncio.current_task()) else None
+
+    async def call(*args: Any) -> Any:
+        with green.lent(senders):
+            return await run(fn, *args)
+
+    return call
 
 
 def _async_to_sync(before: Function) -> Function:

@@ -163,6 +163,21 @@ def leave(scope: Scope) -> None:
         _of_task.pop(scope.task, None)
 
 
+@contextlib.contextmanager
+def lent(scope: Scope | None) -> Iterator[None]:
+    """Inside, the running task has what ``scope`` holds, whose own task waits for it meanwhile, and does nothing else."""
+    if scope is None or scope.ended or scope.admits(asyncio.current_task()):
+        yield
+        return
+    own = Scope(asyncio.current_task(), scope)
+    own.resources = scope.resources
+    enter(own)
+    try:
+        yield
+    finally:
+        leave(own)
+
+
 def adopt(task: asyncio.Task[Any]) -> None:
     """For a task in a context that others share: it is in the scope that the caller is in."""
     _of_task[task] = current()
