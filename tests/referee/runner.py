@@ -243,7 +243,7 @@ def _sync_to_async_green() -> Iterator[None]:
     before = SyncToAsync.__call__
 
     async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        scope = green.scope.get()
+        scope = green.current()
         if self._thread_sensitive and scope is not None and scope.admits(asyncio.current_task()):
             return await green.run(self.func, *args, **kwargs)
         return await before(self, *args, **kwargs)

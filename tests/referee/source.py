@@ -49,8 +49,8 @@ def _fetch(version: str, folder: Path, kept: Path) -> None:
 
 def _download(version: str, into: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--retries", "2"]
-    # Only the source distribution has the tests. pip asks it for its metadata, with the setuptools that is here.
-    command += ["--no-deps", "--no-binary", "django", "--no-build-isolation"]
+    # Only the source distribution has the tests.
+    command += ["--no-deps", "--no-binary", "django"]
     done = subprocess.run(
         [*command, "--dest", into, f"django=={version}"],
         stdin=subprocess.DEVNULL,
