@@ -19,7 +19,10 @@ class Gate:
         self.queue = queue
         self.timeout = timeout
         self.inside = 0
-        self._waiting: OrderedDict[asyncio.Future[None], None] = OrderedDict()
+        #: With the time until which each waits: the first one's is the earliest.
+        self._waiting: OrderedDict[asyncio.Future[None], float] = OrderedDict()
+        #: One for all: most are let in long before.
+        self._timer: asyncio.TimerHandle | None = None
         self._emptied: asyncio.Future[None] | None = None
         self._closed: type[Exception] | None = None
 
@@ -44,8 +47,9 @@ class Gate:
     async def _wait(self) -> None:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
-        timer = loop.call_later(self.timeout, self._expire, future)
-        self._waiting[future] = None
+        self._waiting[future] = loop.time() + self.timeout
+        if self._timer is None:
+            self._timer = loop.call_later(self.timeout, self._expire, loop)
         try:
             await future
         except asyncio.CancelledError:
@@ -54,7 +58,6 @@ class Gate:
                 self.leave()
             raise
         finally:
-            timer.cancel()
             self._waiting.pop(future, None)
 
     def leave(self) -> None:
@@ -71,6 +74,8 @@ class Gate:
     def close(self, error: type[Exception]) -> None:
         """Those who wait, and all who come from now on, get an ``error`` that says the pool is closed."""
         self._closed = error
+        if self._timer is not None:
+            self._timer.cancel()
         while self._waiting:
             future, _ = self._waiting.popitem(last=False)
             if not future.done():
@@ -82,15 +87,23 @@ class Gate:
             self._emptied = self._emptied or asyncio.get_running_loop().create_future()
             await asyncio.shield(self._emptied)
 
-    def _expire(self, future: asyncio.Future[None]) -> None:
-        self._waiting.pop(future, None)
-        if not future.done():
-            future.set_exception(
-                Overloaded(
-                    f"No connection of {self.name} became free within {self.timeout:g} seconds "
-                    f'(TORNJANGO["POOL_TIMEOUT"]); {self.size} are in use.'
-                )
-            )
+    def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        now = loop.time()
+        while self._waiting:
+            future, deadline = next(iter(self._waiting.items()))
+            if deadline > now:
+                self._timer = loop.call_at(deadline, self._expire, loop)
+                return
+            self._waiting.popitem(last=False)
+            if not future.done():
+                future.set_exception(self._late())
+
+    def _late(self) -> Overloaded:
+        return Overloaded(
+            f"No connection of {self.name} became free within {self.timeout:g} seconds "
+            f'(TORNJANGO["POOL_TIMEOUT"]); {self.size} are in use.'
+        )
 
     def _closed_error(self) -> Exception:
         assert self._closed

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Self
 
 from django.db.backends.postgresql.psycopg_any import IsolationLevel
@@ -52,6 +52,10 @@ class Connection(ABC):
     @abstractmethod
     def start(self, sql: str, params: Params) -> asyncio.Future[Any]:
         """Sends a statement. The future is done when the statement has ended; whoever waits must not cancel it."""
+
+    def outcome(self, statement: asyncio.Future[Any]) -> Awaitable[Any]:
+        """The statement's, for who may be cancelled while he waits."""
+        return asyncio.shield(statement)
 
     @abstractmethod
     async def result(self, outcome: Any) -> Result:

@@ -104,8 +104,9 @@ class Link:
 
     def is_alive(self) -> bool:
         """Whether it can be used, as far as can be told without asking the server; for one that runs nothing."""
-        if not self.lost and self._readable.poll(0):
-            self._on_readable()
+        if self.lost or not self._readable.poll(0):
+            return not self.lost
+        self._on_readable()
         # What is there still is the socket's end.
         return not self.lost and not self._readable.poll(0)
 
@@ -118,7 +119,8 @@ class Link:
             step()
             self._flush()
         except OperationalError as exc:
-            self._check_lost(exc)
+            if self.pgconn.status == BAD:
+                self._lose(exc)
             raise
 
     def _flush(self) -> None:
@@ -168,7 +170,8 @@ class Link:
             self._send(self._steps.pop(0))
             return
         self._finish(results)
-        self._check_lost(OperationalError("the connection is closed"))
+        if self.pgconn.status == BAD:
+            self._lose(OperationalError("the connection is closed"))
 
     def _finish(self, outcome: list[PGresult] | Exception) -> None:
         future, self._future = self._future, None
@@ -197,10 +200,6 @@ class Link:
         if notice.error_field(SEVERITY) in (b"FATAL", b"PANIC"):
             # The server says why it ends the connection; the socket's end may come later.
             self.farewell = notice.get_error_message()
-
-    def _check_lost(self, exc: Exception) -> None:
-        if self.pgconn.status == BAD:
-            self._lose(exc)
 
     def _lose(self, exc: Exception) -> None:
         if self.lost:

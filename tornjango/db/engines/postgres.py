@@ -131,7 +131,7 @@ class PostgresEngine(Engine, Generic[C]):
         statement = None
         try:
             statement = connection.start(sql, params)
-            outcome = await asyncio.shield(statement)
+            outcome = await connection.outcome(statement)
             self._refuse_transaction(connection, sql)
             result = await connection.result(outcome)
         except asyncio.CancelledError:
