@@ -25,6 +25,7 @@ from django.core.signals import setting_changed
 from django.db import connections, router, transaction
 from django.db.models import Model, QuerySet
 from django.db.models.deletion import Collector
+from django.db.models.query import RawQuerySet
 from django.utils import timezone
 
 from tornjango import asyncdjango
@@ -281,11 +282,12 @@ class Prepared(Generic[P, T]):
         return result
 
     async def update(self, *args: Any, **kwargs: Any) -> int:
-        """The function's arguments, and beside them the fields' new values, by name: ``rename.update(pk=1, title="x")``.
+        """The function's arguments, and the fields' new values by name: ``blog.update(1, name="x")``.
 
-        A name that is both is the function's argument: give that another name, then.
+        The function's arguments may be given by name, too. A name that is both is the function's argument, unless that
+        is given by its position.
         """
-        mine = {name: kwargs.pop(name) for name in self._names if name in kwargs}
+        mine = {name: kwargs.pop(name) for name in self._names[len(args) :] if name in kwargs}
         result: int = await self._run(UPDATE, self._values(args, mine), kwargs)
         return result
 
@@ -377,8 +379,8 @@ class Prepared(Generic[P, T]):
     def _queryset(self, values: dict[str, Any]) -> Any:
         bound = inspect.BoundArguments(self._signature, values)
         queryset: Any = self._function(*bound.args, **bound.kwargs)
-        if not hasattr(queryset, "using") or not hasattr(queryset, "_hints"):
-            raise TypeError(f"{self!r} has to return a QuerySet, not {queryset!r}.")
+        if not isinstance(queryset, (QuerySet, RawQuerySet)):
+            raise TypeError(f"{self!r}: its function has to return a QuerySet, not {queryset!r}.")
         return queryset.using(self._alias) if self._alias else queryset
 
     # Making templates
@@ -410,7 +412,7 @@ class Prepared(Generic[P, T]):
         try:
             queryset = self._queryset(values)
             _expect(operation, queryset)
-            queryset._for_write = queryset._for_write or operation.writes
+            queryset = _shallow(queryset, _for_write=queryset._for_write or operation.writes)
             target = _target(queryset.db)
             source = operation.statement(queryset, options, target)
             plain = source.compile()

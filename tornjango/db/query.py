@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import warnings
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
-from typing import Any, Self, TypeVar, overload
+from typing import Any, ParamSpec, Self, TypeVar, overload
 
 from django.db.models import Manager, QuerySet
 from django.db.models.query import RawQuerySet
@@ -14,8 +14,10 @@ from tornjango.db import connection, fetching, pools, streaming
 from tornjango.db.compiler import AnyQuerySet, Params, Row
 from tornjango.db.engines.base import Result
 from tornjango.db.engines.notices import Listener
+from tornjango.db.prepared import Prepared
 from tornjango.responses import DeferredResponse, current
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -181,6 +183,14 @@ class Database:
         any other query, or none.
         """
         return Query(sql, params, using or self.alias or DEFAULT_DB_ALIAS)
+
+    def prepare(self, function: Callable[P, QuerySet[Any, T]]) -> Prepared[P, T]:
+        """``by_slug = db.prepare(lambda slug: Blog.objects.filter(slug=slug))``, for ``await by_slug(slug="x")``.
+
+        The queryset is compiled once, on first use, for all values. See :class:`Prepared`. Raises TypeError for a
+        function that is ``async def``, or takes ``*args`` or ``**kwargs``.
+        """
+        return Prepared(function, self.alias)
 
     @overload
     def stream(

@@ -28,6 +28,7 @@ from django.db.models.expressions import (
 from django.db.models.lookups import Lookup
 from django.db.models.sql import Query
 from django.db.models.sql.datastructures import BaseTable, Join
+from django.db.models.sql.subqueries import UpdateQuery
 from django.db.utils import DEFAULT_DB_ALIAS
 from django.utils.tree import Node
 
@@ -76,16 +77,15 @@ class Placeholder(Expression):
         raise Unfit("the argument stands where only its value can be compiled", self.name)
 
     def __getattribute__(self, name: str) -> Any:
-        if name.startswith("__") or _asked_by_django():
+        if _asked_by_django():
+            return object.__getattribute__(self, name)
+        if name == "__class__":
+            # By isinstance().
+            self.look("the type")
+        if name.startswith("__"):
             return object.__getattribute__(self, name)
         self.seen.add(self.name)
         raise AttributeError(name)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        if not _asked_by_django():
-            self.look("the type")
-        return Placeholder
 
     def __bool__(self) -> bool:
         return _asked_by_django() or self.look("the truth")
@@ -123,7 +123,11 @@ for _look in LOOKS:
 
 
 def _asked_by_django() -> bool:
-    name: str = sys._getframe(2).f_globals.get("__name__", "")
+    frame: Any = sys._getframe(2)
+    while frame.f_globals.get("__name__") == "abc":
+        # isinstance() of a class of collections.abc.
+        frame = frame.f_back
+    name: str = frame.f_globals.get("__name__", "")
     return name.startswith(("django.", __package__))
 
 
@@ -317,14 +321,19 @@ class _Placing:
         self.slots: list[Slot] = []
 
     def visit(self, node: Any) -> None:
-        if isinstance(node, Lookup):
+        if isinstance(node, UpdateQuery):
+            self._update(node)
+        elif isinstance(node, Lookup):
             self._lookup(node)
         elif isinstance(node, Value) and type(node.value) is Placeholder:
             self._value(node, node.value)
-        elif isinstance(node, BaseExpression):
+        elif isinstance(node, BaseExpression) and not isinstance(node, Query):
             self._sources(node)
-        elif isinstance(node, Query) and "values" in vars(node):
-            node.values = [(field, model, self._set(field, it)) for field, model, it in node.values]  # type: ignore[attr-defined]
+
+    def _update(self, query: Any) -> None:
+        query.values = [
+            (field, model, self._set(field, value)) for field, model, value in query.values
+        ]
 
     def _lookup(self, node: Any) -> None:
         rhs = node.rhs
