@@ -133,10 +133,9 @@ def current() -> Scope | None:
     running = getcurrent()
     if isinstance(running, _Green):
         return running.scope
-    try:
-        return _of_task[asyncio.current_task()]
-    except KeyError:
-        return _inherited.get()
+    if _of_task and (task := asyncio.current_task()) in _of_task:
+        return _of_task[task]
+    return _inherited.get()
 
 
 class _Compat:

@@ -495,6 +495,8 @@ class PoolWrapper:
     def _is_as_new(self) -> bool:
         """What somebody has set on it, a tenant say, would otherwise be met by the next one."""
         state = vars(self)
+        if state == self.as_new:
+            return True
         state.update(savepoint_state=0, errors_occurred=False, rollback_exc=None)
         for name in state.keys() - self.as_new.keys():
             # Worked out from the settings, which a test may change.

@@ -42,7 +42,7 @@ async def execute(alias: str, sql: str, params: Params) -> Result:
     target = executor(alias)
     wrapper = connection.of_task(alias)
     if wrapper is None:
-        watched = pools.is_open() and pools.get(alias).wrapper.queries_logged
+        watched = isinstance(target, Engine) and target.wrapper.queries_logged and pools.is_open()
     else:
         watched = wrapper.queries_logged or wrapper.execute_wrappers
     if watched:
