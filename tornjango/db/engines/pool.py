@@ -112,7 +112,7 @@ class Pool(Generic[C]):
         return None
 
     async def _wait(self, deadline: float) -> C:
-        while True:
+        while not self._closed:
             try:
                 async with asyncio.timeout_at(deadline):
                     return await self._next()
@@ -120,9 +120,10 @@ class Pool(Generic[C]):
                 raise self._late() from None
             except Exception:
                 if self._closed:
-                    raise self._closed_error() from None
+                    break
                 if not self._connected_before or self._loop.time() >= deadline:
                     raise
+        raise self._closed_error()
 
     async def _next(self) -> C:
         """The next connection that is offered; raises what an attempt to connect has raised."""
