@@ -19,6 +19,8 @@ from pathlib import Path
 
 import django
 
+from bench.environment import psycopg_folder
+from bench.servers import BenchError
 from tests.postgres import Postgres, PostgresError
 from tests.referee import outcomes, server, source
 from tests.referee.outcomes import Expected, Run, Verdict
@@ -60,7 +62,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return _main(options)
-    except (RefereeError, PostgresError, source.SourceError, ValueError) as error:
+    except (RefereeError, BenchError, PostgresError, source.SourceError, ValueError) as error:
         print(f"django-tests: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -90,8 +92,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _main(options: argparse.Namespace) -> int:
     engines = options.engine or ["momoko"]
-    for engine in engines:
-        _check_driver(engine)
     listed = outcomes.load(EXPECTED)
     labels = options.labels or (MODULES if options.all else QUICK)
     tests = source.tests(DATA.parent)
@@ -102,36 +102,37 @@ def _main(options: argparse.Namespace) -> int:
         folder.chmod(0o711)
         postgres = stack.enter_context(server.find(folder / "postgres"))
         for engine in engines:
-            referee = Referee(engine, tests, folder, postgres, options.jobs)
+            referee = Referee(engine, tests, folder, postgres, DATA, options.jobs)
             problems += report(engine, referee.run(labels), listed, set(labels))
     return 1 if problems else 0
 
 
-def _check_driver(engine: str) -> None:
-    """Django takes psycopg 3 wherever it can be imported, and psycopg2 elsewhere."""
+def _path(engine: str) -> str:
+    """For PYTHONPATH. Django takes psycopg 3 wherever it can be imported, and psycopg2 elsewhere."""
+    folders = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     has_psycopg = importlib.util.find_spec("psycopg") is not None
     if engine == "psycopg" and not has_psycopg:
-        raise RefereeError(
-            "The engine psycopg needs psycopg 3: put a folder with it on PYTHONPATH."
-        )
+        folders.append(psycopg_folder())
     if engine == "momoko" and has_psycopg:
         raise RefereeError("The engine momoko needs psycopg2, and Django takes psycopg 3 here.")
+    return os.pathsep.join(folders)
 
 
 class Referee:
     """Runs modules over one engine, each in a process of its own, with databases of its own."""
 
     def __init__(
-        self, engine: str, tests: Path, folder: Path, postgres: Postgres, jobs: int
+        self, engine: str, tests: Path, folder: Path, postgres: Postgres, logs: Path, jobs: int
     ) -> None:
         self.engine = engine
         self.tests = tests
         self.folder = folder
+        self.logs = logs
         self.postgres = postgres
         self.jobs = jobs
         self.env = _environment(postgres) | {
             "DJANGO_SETTINGS_MODULE": "tests.referee.settings",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": _path(engine),
             "REFEREE_ENGINE": engine,
             "REFEREE_FOLDER": str(folder),
         }
@@ -166,11 +167,11 @@ class Referee:
             outcomes.read(run, lines.read_text().splitlines())
         run.seconds = time.monotonic() - start
         if code not in (0, 1) or (code == 1 and not run.count("failed", "error")):
-            run.broken = f"the process ended with {code}: see {self.log(module).relative_to(ROOT)}"
+            run.broken = f"the process ended with {code}: see {self.log(module)}"
         return run
 
     def log(self, module: str) -> Path:
-        return DATA / f"{self.engine}-{django.__version__}-{module}.log"
+        return self.logs / f"{self.engine}-{django.__version__}-{module}.log"
 
     def _call(self, labels: list[str], env: dict[str, str], log: int) -> int | str:
         command = [sys.executable, "runtests.py", "--noinput", "--parallel=1", *labels]
