@@ -198,7 +198,7 @@ class _Green(greenlet):
     fn: Callable[..., Any] | None
     args: Any
     kwargs: Any
-    error: BaseException | None
+    error: BaseException | None  # type: ignore[assignment]
     idle: bool
     #: How many `shielded` blocks it is in, and what the innermost one says of time.
     shields: int

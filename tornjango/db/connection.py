@@ -546,7 +546,8 @@ def make(engine: Engine) -> Any:
 
 def _make_unconnected(engine: Engine) -> Any:
     plain = engine.wrapper
-    wrapper = _wrapper_class(type(plain))(plain.settings_dict, plain.alias)
+    base: Any = type(plain)
+    wrapper = _wrapper_class(base)(plain.settings_dict, plain.alias)
     wrapper.engine = engine
     return wrapper
 
