@@ -8,16 +8,15 @@ import pytest
 from asgiref.sync import iscoroutinefunction
 from django.conf import settings
 from django.contrib.auth.models import User
-from django.db import connections
 from django.http import HttpRequest, HttpResponse
+from django.middleware.common import CommonMiddleware
 from django.test import AsyncClient, override_settings
 from django.utils.decorators import sync_and_async_middleware
 from django.utils.deprecation import MiddlewareMixin
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
 
 import tornjango
-from tests import views
-from tests.app.models import Blog
+from tests.threads import started_threads, worker_calls
 
 DJANGOS = [
     "django.middleware.security.SecurityMiddleware",
@@ -131,10 +130,12 @@ async def test_djangos_own_middleware_costs_no_thread(
 
 @pytest.mark.gen_test
 @with_middleware(*DJANGOS)
-async def test_a_session_is_saved_in_a_worker_thread(fetch: Any, database: None) -> None:
-    first = await fetch("/session/")
-    cookie = first.headers["Set-Cookie"].split(";")[0]
-    second = await fetch("/session/", headers={"Cookie": cookie})
+@pytest.mark.parametrize("engine", ["db", "cached_db", "cache", "file", "signed_cookies"])
+async def test_a_session_is_saved(database: None, fetch: Any, engine: str) -> None:
+    with override_settings(SESSION_ENGINE=f"django.contrib.sessions.backends.{engine}"):
+        first = await fetch("/session/")
+        cookie = first.headers["Set-Cookie"].split(";")[0]
+        second = await fetch("/session/", headers={"Cookie": cookie})
     assert (first.body, second.body) == (b"1", b"2")
 
 
@@ -232,8 +233,9 @@ async def test_a_long_form_is_parsed_in_a_worker_thread(
     token = "a" * 32
     body = f"csrfmiddlewaretoken={token}&a={'x' * 100_000}"
     headers = {"Cookie": f"csrftoken={token}"}
-    answer = await fetch("/protected-form/", method="POST", body=body, headers=headers)
-    assert (answer.code, len(app.workers.pool._threads)) == (200, 1)
+    with started_threads() as names:
+        answer = await fetch("/protected-form/", method="POST", body=body, headers=headers)
+    assert (answer.code, len(names)) == (200, 1)
 
 
 @pytest.mark.gen_test
@@ -248,24 +250,31 @@ async def test_arender_shows_the_user_who_is_logged_in(fetch: Any, database: Non
         assert (await fetch(path)).body == b"user: "
 
 
-@pytest.mark.gen_test
-@with_middleware(*DJANGOS)
-async def test_atomic_requests_roll_back_a_sync_view_that_raises(
-    fetch: Any, database: None, error_log: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(connections.settings["default"], "ATOMIC_REQUESTS", True)
-    assert (await fetch("/creates-and-fails/")).code == 500
-    assert views.seen == ["created in a transaction"]
-    assert not await Blog.objects.aexists()
-    assert "created" in str(error_log.pop().exc_info[1])
+class Members(CommonMiddleware):
+    """Of a project: what it does is not known."""
+
+    def process_request(self, request: HttpRequest) -> None:
+        note("members")
 
 
 @pytest.mark.gen_test
-@with_middleware(*DJANGOS)
-@pytest.mark.parametrize("path", ["/marked/", "/dressed/", "/language/"])
-async def test_atomic_requests_with_a_view_on_the_loop_is_an_error_that_says_what_to_do(
-    fetch: Any, error_log: list[Any], monkeypatch: pytest.MonkeyPatch, path: str
+@with_middleware(
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.auth.middleware.LoginRequiredMiddleware",
+    here("Members"),
+)
+async def test_djangos_hooks_query_on_the_loop_and_a_subclass_of_theirs_in_a_thread(
+    fetch: Any, database: None
 ) -> None:
-    monkeypatch.setitem(connections.settings["default"], "ATOMIC_REQUESTS", True)
-    assert (await fetch(path)).code == 500
-    assert "Mark it with @transaction.non_atomic_requests" in str(error_log.pop().exc_info[1])
+    user = await User.objects.acreate(username="ann")
+    client = AsyncClient()
+    await client.aforce_login(user)
+    cookie = f"{settings.SESSION_COOKIE_NAME}={client.cookies['sessionid'].value}"
+    assert (await fetch("/marked/")).code == 302
+    await fetch("/marked/", headers={"Cookie": cookie})
+    calls.clear()
+    with worker_calls() as handed:
+        assert (await fetch("/marked/", headers={"Cookie": cookie})).code == 200
+    assert [thread == "MainThread" for _, thread in calls] == [False]
+    assert len(handed) == 2  # its own hook, and the one it inherits

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from asgiref.sync import async_to_sync
 from django.contrib.syndication.views import Feed
+from django.core.cache import cache
 from django.core.signals import got_request_exception
 from django.http import HttpRequest, HttpResponse
 from django.test import AsyncClient, Client, RequestFactory, override_settings
@@ -19,8 +21,22 @@ from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
 
 import tornjango
 from tests import views
-from tests.app.models import Blog, Entry
-from tornjango.views import Kind, adapt, deferred, kind_of, methods_of, view_name
+from tests.app.models import Author, Blog, Entry
+from tests.database import Watcher, until
+from tests.postgres import Postgres
+from tests.serving import serving
+from tests.threads import worker_calls
+from tornjango.views import (
+    Kind,
+    adapt,
+    deferred,
+    green,
+    kind_of,
+    methods_of,
+    runs_green,
+    threaded,
+    view_name,
+)
 
 
 @pytest.fixture
@@ -318,6 +334,103 @@ async def test_callbacks_run_in_the_requests_own_context(site: Site) -> None:
     assert (await site("/language/")).body == b"en-us"
 
 
+# Sync views on the loop
+
+
+LOOP = threading.main_thread().name
+
+
+@pytest.fixture
+def ann(database: None) -> None:
+    Author.objects.create(name="Ann")
+
+
+def loop_views(**options: Any) -> Any:
+    return serving(ROOT_URLCONF="tests.loop_views", TORNJANGO=options)
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize(
+    ("path", "default", "all_green"),
+    [
+        ("/green-class/", True, True),
+        ("/class/", False, True),
+        ("/plain/", False, True),
+        ("/opted-out/", False, False),
+    ],
+)
+async def test_a_sync_view_runs_where_its_mark_or_the_setting_says(
+    ann: None, path: str, default: bool, all_green: bool
+) -> None:
+    for options, on_loop in (({}, default), ({"SYNC_VIEWS": "green"}, all_green)):
+        async with loop_views(**options) as site:
+            thread, count = (await site.request(path)).body.decode().split()
+            assert ((thread == LOOP), count) == (on_loop, "1")
+
+
+@pytest.mark.gen_test
+async def test_other_requests_are_answered_while_a_green_view_waits(
+    database: None, postgres: Postgres, error_log: list[Any]
+) -> None:
+    watcher = Watcher(postgres.dsn("tornjango"))
+    try:
+        async with loop_views() as site:
+            slow = [asyncio.create_task(site.request("/green-sleep/")) for _ in range(3)]
+            await until(lambda: len(watcher.running("green sleep")) == 3)
+            assert (await site.request("/plain/")).status == 200
+            for pid in watcher.running("green sleep"):
+                watcher.rows("select pg_cancel_backend(%s)", [pid])
+            assert [answer.status for answer in await asyncio.gather(*slow)] == [500] * 3
+    finally:
+        watcher.close()
+    error_log.clear()
+
+
+@pytest.mark.gen_test
+async def test_a_client_that_leaves_cancels_the_query_of_a_green_view(
+    database: None, postgres: Postgres
+) -> None:
+    watcher = Watcher(postgres.dsn("tornjango"))
+    try:
+        async with loop_views() as site:
+            client = await site.connect()
+            await client.send(b"GET /green-sleep/ HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            await until(lambda: watcher.running("green sleep"))
+            client.abort()
+            await until(lambda: not watcher.running("green sleep"))
+    finally:
+        watcher.close()
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("mode", ["green", "threads"])
+async def test_a_template_response_is_rendered_as_its_view_runs(ann: None, mode: str) -> None:
+    middleware = ["django.middleware.cache.CacheMiddleware"]
+    cache.clear()
+    with override_settings(MIDDLEWARE=middleware):
+        async with loop_views(SYNC_VIEWS=mode) as site:
+            await site.request("/plain/")
+            with worker_calls() as calls:
+                pages = [await site.request("/template-response/") for _ in range(2)]
+            assert [page.body for page in pages] == [b"Ann: "] * 2
+            assert (calls == []) == (mode == "green")
+            # From the cache: what was rendered can be pickled.
+            assert pages[0].header("Expires") == pages[1].header("Expires") is not None
+
+
+def test_a_marked_view_is_another_than_the_one_it_is_made_of() -> None:
+    marked = green(views.sync)
+    assert runs_green(marked)
+    assert not runs_green(views.sync)
+    assert not runs_green(threaded(marked))
+    assert runs_green(functools.partial(marked, pk=1))
+
+
+def test_an_async_view_cannot_be_marked() -> None:
+    with pytest.raises(TypeError, match=r"tests\.views\.asynchronous is async"):
+        green(views.asynchronous)
+
+
 # Elsewhere: the same views under Django's own handlers
 
 
@@ -325,6 +438,11 @@ async def test_callbacks_run_in_the_requests_own_context(site: Site) -> None:
 def test_a_marked_view_is_an_ordinary_async_view_to_djangos_test_client(path: str) -> None:
     assert Client().get(path).json()["kind"] == "deferred"
     assert async_to_sync(AsyncClient().get)(path).json()["kind"] == "deferred"
+
+
+def test_a_green_view_is_an_ordinary_sync_view_to_djangos_test_client(ann: None) -> None:
+    with override_settings(ROOT_URLCONF="tests.loop_views"):
+        assert Client().get("/green-class/").content.decode() == f"{LOOP} 1"
 
 
 def test_a_marked_view_queries_on_the_tests_own_connection(database: None) -> None:

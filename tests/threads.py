@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+from tornjango.workers import WorkerPool
+
 
 @contextmanager
 def started_threads() -> Iterator[list[str]]:
@@ -19,6 +21,20 @@ def started_threads() -> Iterator[list[str]]:
 
     with mock.patch.object(threading.Thread, "start", noting):
         yield names
+
+
+@contextmanager
+def worker_calls() -> Iterator[list[Any]]:
+    """What is handed to worker threads in the block."""
+    calls: list[Any] = []
+    submit = WorkerPool.submit
+
+    def noting(pool: WorkerPool, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+        calls.append((fn, args))
+        return submit(pool, fn, *args, **kwargs)
+
+    with mock.patch.object(WorkerPool, "submit", noting):
+        yield calls
 
 
 def thread_name(*args: Any) -> str:

@@ -1,34 +1,37 @@
 """Django's middleware chain, built once by Django's ``BaseHandler``, run on the loop.
 
 Under ASGI, ``MiddlewareMixin`` sends every ``process_request`` and ``process_response`` through a thread, because it
-cannot know whether they wait. Django's own are known: ``WAITS`` says of each when it would, and only then it goes to one.
+cannot know whether they wait. Django's own are known: ``WAITS`` says of each when it would, and then it runs green. So
+its queries need no thread. What else it may wait for (a cache or a session store elsewhere, mail, a large form) takes one
+by itself: see ``tornjango.blocking``, which decides by the class that SESSION_ENGINE, CACHES and the like name.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from asgiref.sync import iscoroutinefunction, sync_to_async
 from django.conf import settings
 from django.core.handlers.base import BaseHandler
-from django.db import connections
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 from django.urls import ResolverMatch
 from django.utils.deprecation import MiddlewareMixin
 
-from tornjango.views import AsyncView, Kind, View, adapt, kind_of, view_name
-
-#: A form larger than this is parsed in a worker thread, where CSRF protection looks for its token; in bytes.
-PARSED_ON_THE_LOOP = 64 * 1024
+from tornjango import asyncdjango
+from tornjango.requests import PARSED_ON_THE_LOOP
+from tornjango.views import AsyncView, View, adapt
 
 Waits = Callable[..., bool]
 
 
 def _never(*args: Any) -> bool:
     return False
+
+
+def _always(*args: Any) -> bool:
+    return True
 
 
 def _csrf_in_session(*args: Any) -> bool:
@@ -49,15 +52,31 @@ def _stores_messages(request: HttpRequest, response: HttpResponseBase) -> bool:
     return storage is not None and bool(storage.used or storage.added_new)
 
 
+def _not_found(request: HttpRequest, response: HttpResponseBase) -> bool:
+    return response.status_code == 404
+
+
+def _is_head(request: HttpRequest, *args: Any) -> bool:
+    return request.method == "HEAD"
+
+
 # By the name of the function: a subclass that overrides it has another, is not known, and goes to a thread. Names, since
 # some of these modules cannot be imported where their app is not installed.
 WAITS: dict[str, Waits] = {
+    "django.contrib.admindocs.middleware.XViewMiddleware.process_view": _is_head,
     "django.contrib.auth.middleware.AuthenticationMiddleware.process_request": _never,
+    "django.contrib.auth.middleware.LoginRequiredMiddleware.process_view": _always,
+    "django.contrib.flatpages.middleware.FlatpageFallbackMiddleware.process_response": _not_found,
     "django.contrib.messages.middleware.MessageMiddleware.process_request": _never,
     "django.contrib.messages.middleware.MessageMiddleware.process_response": _stores_messages,
+    "django.contrib.redirects.middleware.RedirectFallbackMiddleware.process_response": _not_found,
     "django.contrib.sessions.middleware.SessionMiddleware.process_request": _never,
     "django.contrib.sessions.middleware.SessionMiddleware.process_response": _saves_session,
+    "django.contrib.sites.middleware.CurrentSiteMiddleware.process_request": _always,
+    "django.middleware.cache.FetchFromCacheMiddleware.process_request": _always,
+    "django.middleware.cache.UpdateCacheMiddleware.process_response": _always,
     "django.middleware.clickjacking.XFrameOptionsMiddleware.process_response": _never,
+    "django.middleware.common.BrokenLinkEmailsMiddleware.process_response": _not_found,
     "django.middleware.common.CommonMiddleware.process_request": _never,
     "django.middleware.common.CommonMiddleware.process_response": _never,
     "django.middleware.csp.ContentSecurityPolicyMiddleware.process_request": _never,
@@ -84,14 +103,13 @@ def waits_of(hook: Callable[..., Any]) -> Waits | None:
 
 
 def on_loop(hook: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
-    """``hook`` as a coroutine function that goes to a worker thread only when it would wait."""
+    """``hook`` as a coroutine function: green when it would wait; in a worker thread where nothing is known of it."""
     waits = waits_of(hook)
-    threaded = sync_to_async(hook)
     if waits is None:
-        return threaded
+        return sync_to_async(hook)
 
     async def call(*args: Any) -> Any:
-        return await threaded(*args) if waits(*args) else hook(*args)
+        return await asyncdjango.run(hook, *args) if waits(*args) else hook(*args)
 
     return call
 
@@ -164,25 +182,7 @@ class Chain(BaseHandler):
         return match
 
     def make_view_atomic(self, view: View) -> AsyncView:  # type: ignore[override]
-        """The last step before a view is called; its name is Django's."""
-        if not self._atomic_aliases(view):
-            return self._adapted(view)
-        if kind_of(view) is not Kind.SYNC:
-            raise RuntimeError(
-                f"ATOMIC_REQUESTS cannot hold a transaction around {view_name(view)}, which is "
-                f"{kind_of(view).value}. Mark it with @transaction.non_atomic_requests, or make it sync."
-            )
-        return adapt(super().make_view_atomic(view))
-
-    def _atomic_aliases(self, view: View) -> Collection[str]:
-        excepted = getattr(view, "_non_atomic_requests", ())
-        return self._atomic and [alias for alias in self._atomic if alias not in excepted]
-
-    @functools.cached_property
-    def _atomic(self) -> list[str]:
-        return [alias for alias, db in connections.settings.items() if db["ATOMIC_REQUESTS"]]
-
-    def _adapted(self, view: View) -> AsyncView:
+        """The last step before a view is called. Its name is Django's; `adapt` has made the transaction."""
         try:
             return self._views[view]
         except (KeyError, TypeError):  # not in the URLconf, or not hashable

@@ -24,7 +24,11 @@ from tornado.httputil import (
 )
 from tornado.web import HTTPError
 
+from tornjango import green
 from tornjango.bodies import Body
+
+#: A form larger than this is parsed in a worker thread, for green code; in bytes.
+PARSED_ON_THE_LOOP = 64 * 1024
 
 # RFC 3986, 3.2.2 and 3.2.3; Django looks again, at the hosts it allows.
 _HOST = re.compile(r"(\[[0-9A-Za-z:.%_~-]*\]|[0-9A-Za-z._~!$&'()*+;=%-]*)(:[0-9]{0,5})?")
@@ -182,6 +186,14 @@ class TornadoRequest(HttpRequest):
         if not hasattr(self, "_files"):
             self._load_post_and_files()
         return self.__dict__["_files"]
+
+    def _load_post_and_files(self) -> None:
+        if self.body_size <= PARSED_ON_THE_LOOP:
+            super()._load_post_and_files()
+            return
+        # Whoever is cancelled meanwhile closes the body that the thread reads.
+        with green.shielded():
+            green.aside(super()._load_post_and_files)
 
     def _get_scheme(self) -> str:
         return self.tornado_request.protocol

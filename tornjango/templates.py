@@ -1,20 +1,23 @@
 """Every template the project can load, compiled at start; rendering then opens no file.
 
-Before ``registry.fill()`` everything here works too, on Django's own loading.
+Before ``registry.fill()`` everything here works too, on Django's own loading. `arender` is for the event loop: what a
+template queries does not block. `render` is for worker threads and green code; on the loop it queries nothing.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from django.apps import apps
 from django.conf import settings
 from django.forms.renderers import get_default_renderer
+from django.http import HttpRequest
 from django.template import engines
 from django.template.backends.base import BaseEngine
 from django.template.backends.django import DjangoTemplates
@@ -23,13 +26,53 @@ from django.utils import formats, timezone, translation
 from django.utils.autoreload import is_django_path
 from django.utils.translation import check_for_language
 
+from tornjango import asyncdjango, db
+from tornjango.db.connection import in_transaction
 from tornjango.templating import files, loader
 from tornjango.templating.problems import TemplateProblem
 from tornjango.templating.rendering import querysets, render
 
-__all__ = ["Registry", "TemplateProblem", "querysets", "registry", "render"]
+__all__ = ["Registry", "TemplateProblem", "arender", "querysets", "registry", "render"]
 
 logger = logging.getLogger("tornjango.templates")
+
+
+async def arender(
+    template_name: str | Sequence[str],
+    context: Mapping[str, Any] | None = None,
+    request: HttpRequest | None = None,
+    *,
+    using: str | None = None,
+) -> str:
+    """`render`, awaited: a template that queries while it is rendered, for a relation say, waits without blocking.
+
+    The querysets in ``context`` are fetched first, several at once side by side. What is queried after that is one
+    query after the other: in development (``DEBUG``) the log of ``tornjango.templates`` names each place, once, as a
+    hint to fetch it before. Raises what `render` raises, and what the queries raise.
+    """
+    values = {**(context or {})}
+    await _fetch([*querysets(values).values()])
+    _take_known_user(request)
+    return await asyncdjango.run(render, template_name, values, request, using=using)
+
+
+async def _fetch(querysets: list[Any]) -> None:
+    if len(querysets) == 1 or in_transaction():  # it has one connection
+        for queryset in querysets:
+            await _fill(queryset)
+    else:
+        await asyncio.gather(*map(_fill, querysets))
+
+
+async def _fill(queryset: Any) -> None:
+    queryset._result_cache = await db.fetch(queryset)
+    queryset._prefetch_done = True  # by the fetch
+
+
+def _take_known_user(request: Any) -> None:
+    """A view that has awaited ``request.auser()`` has its user where ``request.user`` does not look."""
+    if hasattr(request, "_acached_user") and not hasattr(request, "_cached_user"):
+        request._cached_user = request._acached_user
 
 
 class Registry:

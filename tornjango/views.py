@@ -11,15 +11,18 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, cast, overload
 
 from asgiref.sync import iscoroutinefunction, sync_to_async
+from django.db import connections, transaction
 from django.http import FileResponse, Http404, HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
+from django.template.response import SimpleTemplateResponse
 from django.utils.log import log_response
 
-from tornjango import responses, shortcuts
+from tornjango import asyncdjango, responses, templates
 from tornjango.conf import get_config
+from tornjango.db.atomic import shared_atomic
 from tornjango.exceptions import Overloaded
 from tornjango.green import adopt
 from tornjango.responses import DeferredResponse
@@ -27,6 +30,7 @@ from tornjango.responses import DeferredResponse
 logger = logging.getLogger("tornjango.views")
 
 View = Callable[..., Any]
+SyncView = TypeVar("SyncView", bound=View)
 AsyncView = Callable[..., Coroutine[Any, Any, HttpResponseBase]]
 
 
@@ -80,18 +84,115 @@ def methods_of(view: View) -> dict[str, View]:
     }
 
 
+def green(view: SyncView) -> SyncView:
+    """Has a sync view run on the event loop: where it queries, the loop does something else, and no thread is held.
+
+    Other requests run on the same thread while it waits for a query: what it, or a library that it uses, keeps in a
+    ``threading.local`` is shared with them. And whatever else it waits for (another server, a file, a lock, a long
+    computation) everybody waits for. So mark views that do nothing but query and render. What Django itself does
+    besides (password hashing, file storage, mail, caches elsewhere) takes a worker thread by itself.
+
+    For functions, for ``SomeView.as_view()``, and, by ``@method_decorator(green, name="dispatch")``, for classes.
+    ``TORNJANGO["SYNC_VIEWS"] = "green"`` does it for all sync views but those marked `threaded`. Under any other server,
+    and in Django's test client, it changes nothing. (The module ``tornjango.green`` is what this is made with.)
+    """
+    return _with_sync_mode(view, "green")
+
+
+def threaded(view: SyncView) -> SyncView:
+    """Has a sync view run in a worker thread, where ``TORNJANGO["SYNC_VIEWS"]`` is "green"; applied as `green` is."""
+    return _with_sync_mode(view, "threads")
+
+
+def _with_sync_mode(view: SyncView, mode: str) -> SyncView:
+    """A view of its own, as Django's decorators make: somebody else may use the same one unmarked."""
+    if iscoroutinefunction(view):
+        raise TypeError(f"{view_name(view)} is async: it runs on the event loop as it is.")
+
+    @functools.wraps(view)
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        return view(*args, **kwargs)
+
+    marked._sync_mode = mode  # type: ignore[attr-defined]
+    return cast(SyncView, marked)
+
+
+def runs_green(view: View) -> bool:
+    """Whether a view runs on the loop where it is sync."""
+    view = view.func if isinstance(view, functools.partial) else view
+    mode: str = getattr(view, "_sync_mode", None) or get_config().SYNC_VIEWS
+    return mode == "green"
+
+
 def adapt(view: View, groups: Collection[str] = ()) -> AsyncView:
-    """What is awaited to call ``view``. Work for the start of the server: a request only calls the result."""
-    call: AsyncView = view if iscoroutinefunction(view) else sync_to_async(view)
+    """What is awaited to call ``view``, in the transactions of ATOMIC_REQUESTS.
+
+    Work for the start of the server: a request only calls the result.
+    """
+    aliases = _atomic_aliases(view)
+    call = _in_transactions(view, aliases) if iscoroutinefunction(view) else _sync(view, aliases)
     methods = methods_of(view)
     deferring = {name for name, method in methods.items() if _takes_response(method, groups)}
     if deferring:
         if "GET" in deferring and "HEAD" not in methods:  # View.setup() has get() answer it
             deferring.add("HEAD")
-        call = _by_method(deferred(view), call, deferring)
+        call = _by_method(_in_transactions(deferred(view), aliases), call, deferring)
     elif _takes_response(view, groups):
-        call = deferred(view)
+        call = _in_transactions(deferred(view), aliases)
     return _guarded(call, view)
+
+
+def _sync(view: View, aliases: Collection[str]) -> AsyncView:
+    whole = view
+    for alias in aliases:
+        whole = transaction.atomic(using=alias)(whole)
+    if not runs_green(view):
+        return sync_to_async(whole)
+
+    async def call(*args: Any, **kwargs: Any) -> HttpResponseBase:
+        return _rendered_green(await asyncdjango.run(whole, *args, **kwargs))
+
+    return call
+
+
+def _rendered_green(response: Any) -> HttpResponseBase:
+    """Django's handler renders a TemplateResponse after the view: in a thread, unless that is to be awaited."""
+    if not isinstance(response, SimpleTemplateResponse) or response.is_rendered:
+        return cast(HttpResponseBase, response)
+    render = response.render
+
+    async def arender() -> SimpleTemplateResponse:
+        del response.render  # it may be pickled, for a cache
+        return await asyncdjango.run(render)
+
+    response.render = arender  # type: ignore[method-assign,assignment]
+    return response
+
+
+def _atomic_aliases(view: View) -> list[str]:
+    excepted = getattr(view, "_non_atomic_requests", ())
+    databases = connections.settings.items()
+    return [alias for alias, db in databases if db["ATOMIC_REQUESTS"] and alias not in excepted]
+
+
+def _in_transactions(view: AsyncView, aliases: Collection[str]) -> AsyncView:
+    """``view``, whose answer leaves the transactions committed, and whose error or time-out leaves them rolled back."""
+    if not aliases:
+        return view
+
+    async def call(*args: Any, **kwargs: Any) -> HttpResponseBase:
+        async with shared_atomic(aliases):
+            response = await view(*args, **kwargs)
+            if isinstance(response, _TimedOut):
+                for alias in aliases:
+                    await asyncdjango.run(transaction.set_rollback, True, using=alias)
+            return response
+
+    return call
+
+
+class _TimedOut(HttpResponse):
+    """The answer in the place of one that did not come in time."""
 
 
 def _by_method(with_response: AsyncView, without: AsyncView, deferring: set[str]) -> AsyncView:
@@ -122,8 +223,10 @@ def _guarded(call: AsyncView, view: View) -> AsyncView:
     return guarded
 
 
-def _plain(status: int, message: str) -> HttpResponse:
-    return HttpResponse(message, status=status, content_type="text/plain")
+def _plain(
+    status: int, message: str, response_class: type[HttpResponse] = HttpResponse
+) -> HttpResponse:
+    return response_class(message, status=status, content_type="text/plain")
 
 
 def _response_position(view: View, groups: Collection[str]) -> int | None:
@@ -231,7 +334,7 @@ class _Call:
     def _expire(self, seconds: float) -> None:
         if self.response.ended:
             return
-        answer = _plain(504, "The server did not answer in time.")
+        answer = _plain(504, "The server did not answer in time.", _TimedOut)
         text = "%s did not end its response within %g s; it is answered 504"
         arguments = (self.response.view_name, seconds)
         request = self.response.request
@@ -255,7 +358,7 @@ class _Call:
         self, template: str | Iterable[str], context: Mapping[str, Any] | None, using: str | None
     ) -> str:
         names = template if isinstance(template, str) else list(template)
-        return await shortcuts.arender_to_string(names, context, self.response.request, using=using)
+        return await templates.arender(names, context, self.response.request, using=using)
 
     async def open_file(self, path: str | PathLike[str], **options: Any) -> HttpResponseBase:
         try:

@@ -103,7 +103,7 @@ class shared_atomic:
 
     They take turns, statement by statement, or for the length of an ``async with db.atomic()`` of theirs. At the end
     whoever is in the middle of something is waited for; what is still to come from them is no more in the transactions.
-    Cancelled while it waits, it cancels those it waits for, and rolls back.
+    Where they are rolled back, after an error or when cancelled, whoever is in the middle of something is cancelled.
     """
 
     def __init__(self, aliases: Iterable[str]) -> None:
@@ -128,7 +128,7 @@ class shared_atomic:
         traceback: TracebackType | None,
     ) -> None:
         assert self._scope.lock is not None
-        cancelled = await self._wait_for(self._scope.lock)
+        cancelled = await self._wait_for(self._scope.lock, failed=exc is not None)
         try:
             if cancelled is not None and exc is None:
                 await self._end(type(cancelled), cancelled, cancelled.__traceback__)
@@ -139,14 +139,18 @@ class shared_atomic:
         if cancelled is not None:
             raise cancelled
 
-    async def _wait_for(self, lock: green.TaskLock) -> asyncio.CancelledError | None:
+    async def _wait_for(
+        self, lock: green.TaskLock, *, failed: bool
+    ) -> asyncio.CancelledError | None:
         cancelled = None
         while True:
             try:
+                await asyncio.sleep(0)  # tasks that were just started go first
+                if failed:
+                    lock.cancel_others()
                 await lock.__aenter__()
             except asyncio.CancelledError as exc:
-                cancelled = exc
-                lock.cancel_others()
+                cancelled, failed = exc, True
             else:
                 return cancelled
 

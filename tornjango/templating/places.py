@@ -22,8 +22,9 @@ from django.template.loader_tags import BlockNode, ExtendsNode
 from tornjango.exceptions import TemplateQueryError
 
 ADVICE = (
-    "Fetch it before rendering: put the QuerySet itself into the context of response.render(), add select_related() or "
-    "prefetch_related() to the query behind it, or await db.fetch() in the view."
+    "Await arender() in the place of render(): it waits for queries without blocking. "
+    "Or fetch it before rendering: put the QuerySet itself into the context of response.render() or arender(), add "
+    "select_related() or prefetch_related() to the query behind it, or await db.fetch() in the view."
 )
 
 JINJA_TAG = re.compile(r"\{[{%].*?[%}]\}")
@@ -59,6 +60,11 @@ def explain(exc: BaseException) -> TemplateQueryError:
     error = TemplateQueryError(f"{place.text} in {place} {_complaint()}{way}")
     _annotate(error, place, frames)
     return error
+
+
+def innermost(frames: list[tuple[FrameType, int]]) -> Place | None:
+    """The place that the code of ``frames``, outermost first, was called from; None outside of templates."""
+    return next(reversed([*_steps(_places(frames))]), None)
 
 
 def _complaint() -> str:

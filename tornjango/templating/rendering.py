@@ -3,7 +3,8 @@
 On the event loop's thread a template that would query the database gets an error that names the place. Django's own
 ``SynchronousOnlyOperation`` would not do: ``{% if not entries.exists %}`` and some filters swallow every ``Exception``,
 and the page would silently be wrong. So during a rendering the thread's database connections raise something that is
-none. In a worker thread nothing of this happens: there a template may query as ever.
+none. In a worker thread nothing of this happens: there a template may query as ever. In green code it may as well, and in
+development `hints` tells of it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from django.db.models.query import QuerySet, RawQuerySet
 from django.http import HttpRequest
 from django.template.loader import get_template, select_template
 
-from tornjango.templating import places
+from tornjango.templating import hints, places
 
 # Where Django's database wrapper refuses to work on an event loop.
 GUARDED = ("connect", "ensure_connection", "cursor", "chunked_cursor")
@@ -41,8 +42,8 @@ def render(
     """The page as a string, as ``django.template.loader.render_to_string`` gives it; of several names the first found.
 
     ``context`` is not changed. ``using`` is the NAME of the only backend to ask. Raises TemplateDoesNotExist,
-    TemplateSyntaxError, what the project's tags and context processors raise, and, on the event loop's thread, a
-    TemplateQueryError for a template or context processor that would query the database.
+    TemplateSyntaxError, what the project's tags and context processors raise, and, on the event loop (but not in green
+    code), a TemplateQueryError for a template or context processor that would query the database.
     """
     if isinstance(template_name, str):
         template = get_template(template_name, using=using)
@@ -50,7 +51,8 @@ def render(
         template = select_template(template_name, using=using)
     values = None if context is None else {**context}
     if not _on_event_loop():
-        return template.render(values, request)
+        with hints.told():
+            return template.render(values, request)
     try:
         with _no_queries():
             return template.render(values, request)

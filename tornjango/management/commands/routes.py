@@ -8,7 +8,7 @@ from typing import Any
 from django.core.management.base import BaseCommand
 
 from tornjango.routing import Route, Routes
-from tornjango.views import kind_of, methods_of, view_name
+from tornjango.views import Kind, kind_of, methods_of, runs_green, view_name
 
 HEADINGS = ("Pattern", "Name", "View", "Kind")
 
@@ -34,7 +34,13 @@ def _row(route: Route) -> tuple[str, str, str, str]:
 def kind(route: Route) -> str:
     if route.is_handler:
         return "tornado"
-    kinds = {name: kind_of(fn, route.groups) for name, fn in methods_of(route.callback).items()}
+    view, groups = route.callback, route.groups
+    sync = "green" if runs_green(view) else "sync"
+    kinds = {name: _word(kind_of(fn, groups), sync) for name, fn in methods_of(view).items()}
     if len(set(kinds.values())) > 1:
-        return ", ".join(f"{kind.value} ({method})" for method, kind in kinds.items())
-    return next(iter(kinds.values()), kind_of(route.callback, route.groups)).value
+        return ", ".join(f"{kind} ({method})" for method, kind in kinds.items())
+    return next(iter(kinds.values()), _word(kind_of(view, groups), sync))
+
+
+def _word(kind: Kind, sync: str) -> str:
+    return sync if kind is Kind.SYNC else kind.value
