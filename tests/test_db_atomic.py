@@ -10,9 +10,9 @@ from contextvars import Context
 from typing import Any
 
 import pytest
-from asgiref.sync import async_to_sync
+from asgiref.sync import async_to_sync, sync_to_async
 from django.core.exceptions import SynchronousOnlyOperation
-from django.db import DatabaseError, connection, transaction
+from django.db import DatabaseError, connection, connections, transaction
 from django.db.transaction import TransactionManagementError
 from django.db.utils import IntegrityError, OperationalError
 
@@ -724,3 +724,39 @@ def test_where_pools_are_not_open_it_is_the_callers_connection() -> None:
         assert connection.in_atomic_block
         transaction.set_rollback(True)
     assert Blog.objects.count() == 0
+
+
+def test_where_pools_are_not_open_hooks_run_too_on_the_callers_connection() -> None:
+    seen: list[Any] = []
+
+    async def hook() -> None:
+        seen.append(await Blog.objects.acount())
+
+    async def work() -> None:
+        async with db.atomic():
+            await add("x")
+            transaction.on_commit(lambda: seen.append("sync"))
+            async with db.atomic():
+                transaction.on_commit(hook)
+                assert connection.in_atomic_block
+            async with fails():
+                transaction.on_commit(lambda: seen.append("never"))
+            with pytest.raises(SynchronousOnlyOperation):
+                Blog.objects.count()
+            assert seen == []
+        assert seen == ["sync", 1]
+        async with db.atomic():
+            await add("lost")
+            transaction.set_rollback(True)
+
+    async_to_sync(work)()
+    asyncio.run(work_alone(seen))
+    assert seen == ["sync", 1, "alone"]
+    assert [blog.name for blog in Blog.objects.all()] == ["x"]
+
+
+async def work_alone(seen: list[Any]) -> None:
+    async with db.atomic():
+        transaction.on_commit(lambda: seen.append("alone"))
+        await Blog.objects.acount()
+    await sync_to_async(connections.close_all)()

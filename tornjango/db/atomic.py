@@ -5,12 +5,15 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 from functools import wraps
 from types import TracebackType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
+from asgiref.sync import async_to_sync, iscoroutinefunction
+from django.db import connections
 from django.db.transaction import Atomic
 from django.db.utils import DEFAULT_DB_ALIAS
 
 from tornjango import asyncdjango, green
+from tornjango.db import pools
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,8 +41,11 @@ class atomic:
     async def __aenter__(self) -> None:
         await self._enter_scope()
         self._atomic, self._entered = Atomic(*self._options), False
+        self._loan: _Loan | None = None
         try:
             await asyncdjango.run(self._begin)
+            if not pools.is_open() and _here(self._wrapper.alias) is not self._wrapper:
+                self._loan = _Loan(self._wrapper)
         except BaseException as exc:
             try:
                 if self._entered:
@@ -52,6 +58,7 @@ class atomic:
     def _begin(self) -> None:
         self._atomic.__enter__()
         self._entered = True
+        self._wrapper = connections[self._options[0]]
 
     async def __aexit__(
         self,
@@ -59,6 +66,8 @@ class atomic:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._loan is not None:
+            self._loan.end()
         try:
             await asyncdjango.run(self._atomic.__exit__, exc_type, exc, traceback)
         finally:
@@ -96,6 +105,38 @@ class atomic:
                 green.leave(self._own)
         elif self._turn is not None:
             await self._turn.__aexit__(None, None, None)
+
+
+class _Loan:
+    """In a process that tornjango does not serve: the connection of the thread that queries, for code on the loop.
+
+    That may ask it about its transaction, and give it hooks for the commit; Django keeps it from the rest.
+    """
+
+    def __init__(self, wrapper: Any) -> None:
+        self._wrapper = wrapper
+        self._before = _here(wrapper.alias)
+        connections[wrapper.alias] = cast(Any, self)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapper, name)
+
+    def on_commit(self, func: Callable[[], Any], robust: bool = False) -> None:
+        if iscoroutinefunction(func):
+            func = async_to_sync(func)
+        self._wrapper.on_commit(func, robust)
+
+    def end(self) -> None:
+        alias = self._wrapper.alias
+        if self._before is None:
+            del connections[alias]
+        else:
+            connections[alias] = self._before
+
+
+def _here(alias: str) -> Any:
+    """The connection that this thread has been given; None if it has none."""
+    return getattr(connections._connections, alias, None)  # type: ignore[attr-defined]
 
 
 class shared_atomic:
