@@ -99,22 +99,22 @@ def _hint(frames: list[tuple[FrameType, int]]) -> Hint | None:
 
 def _what(frames: list[tuple[FrameType, int]]) -> tuple[str, str]:
     """What is queried for, and how it would have been there."""
-    owners = [frame.f_locals.get("self") for frame, _ in frames]
+    owners: list[Any] = [frame.f_locals.get("self") for frame, _ in frames]
     for owner in owners:
-        if isinstance(owner, ForwardManyToOneDescriptor):
+        if places.is_a(owner, ForwardManyToOneDescriptor):
             name = owner.field.name
             return f"{owner.field.model.__name__}.{name}", _related("select_related", name)
-        if isinstance(owner, ReverseOneToOneDescriptor):
+        if places.is_a(owner, ReverseOneToOneDescriptor):
             name = owner.related.get_accessor_name()
             return f"{owner.related.model.__name__}.{name}", _related("select_related", name)
-        if isinstance(owner, DeferredAttribute):
+        if places.is_a(owner, DeferredAttribute):
             field: Any = owner.field
             return (
                 f"{field.model.__name__}.{field.name}",
                 "The query behind it leaves that field out.",
             )
     for owner in reversed(owners):
-        if isinstance(owner, QuerySet | RawQuerySet):
+        if places.is_a(owner, QuerySet, RawQuerySet):
             return _of_queryset(owner)
     return "a query of its own", "Query in the view."
 

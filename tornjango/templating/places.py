@@ -78,15 +78,20 @@ def _frames(exc: BaseException) -> Iterator[tuple[FrameType, int]]:
         step = step.tb_next
 
 
+def is_a(owner: Any, *classes: type[Any]) -> bool:
+    """``isinstance``, that does not load a lazy object (``request.user``): its ``__class__`` is that of what it loads."""
+    return issubclass(type(owner), classes)
+
+
 def _places(frames: list[tuple[FrameType, int]]) -> list[Place]:
     places: list[Place] = []
     resolved = False
     for frame, line in frames:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, Node) and frame.f_code.co_name == "render_annotated":
+        owner: Any = frame.f_locals.get("self")
+        if is_a(owner, Node) and frame.f_code.co_name == "render_annotated":
             places.append(_node_place(owner))
             resolved = False
-        elif isinstance(owner, FilterExpression | Variable) and places and not resolved:
+        elif is_a(owner, FilterExpression, Variable) and places and not resolved:
             # The first is the whole expression; within it, more may be resolved.
             places[-1].text = str(owner)
             resolved = True
