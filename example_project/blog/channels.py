@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from django.http import HttpRequest
 
-from tornjango import comet, db
+from tornjango import comet
 
 from .models import Blog
 
@@ -11,4 +11,4 @@ from .models import Blog
 @comet.channel("entry:<int:pk>")
 async def can_read(request: HttpRequest, pk: int) -> bool:
     """Whoever may see an entry may follow it: here everyone, provided there is such an entry."""
-    return bool(await db.fetch(Blog.objects.filter(pk=pk).values("pk")))
+    return await Blog.objects.filter(pk=pk).aexists()
