@@ -490,7 +490,10 @@ async def test_a_session_that_the_server_ends_for_idling_in_a_transaction_says_s
         await until(
             lambda: not watcher.rows("select 1 from pg_stat_activity where state like 'idle in%'")
         )
-        with pytest.raises(OperationalError, match="idle-in-transaction"):
+        # psycopg 3 has a class of error for it, which is no OperationalError.
+        with pytest.raises(DatabaseError, match="idle-in-transaction"):
+            await lease.execute("select 1")
+        with pytest.raises(OperationalError, match="Begin again"):
             await lease.execute("select 1")
         await lease.rollback()
         await whole(1, watcher)
