@@ -26,8 +26,9 @@ async def is_valid(form: Validated) -> bool:
 
 
 async def save(form: Savable[Saved], *args: Any, **kwargs: Any) -> Saved:
-    """``form.save()``, with its arguments (``commit=False``); gives what it returns.
+    """``form.save()``, with its arguments; gives what it returns. Uploaded files are stored in a worker thread.
 
-    Uploaded files are stored in a worker thread. What it writes is one transaction inside ``async with db.atomic()``.
+    What the view has to add to a ModelForm it sets on ``form.instance`` before. As in Django, many-to-many relations
+    take queries of their own: ``async with db.atomic()`` makes it all or nothing.
     """
     return await asyncdjango.run(form.save, *args, **kwargs)
