@@ -158,19 +158,18 @@ def _get_hashers() -> tuple[Any, str, Any]:
     """Hashing a password takes a tenth of a second on purpose."""
     from django.contrib.auth import hashers
 
-    before: Any = hashers.get_hashers
+    make: Any = getattr(hashers.get_hashers, "__wrapped__")  # noqa: B009 - not known to type checkers
 
-    @functools.wraps(before)
+    # Kept, as Django keeps its own, and like those forgotten when the setting changes.
+    @functools.lru_cache
     def get_hashers() -> list[Any]:
-        return [_computing_aside(hasher) for hasher in before()]
+        return [_computing_aside(hasher) for hasher in make()]
 
-    get_hashers.cache_clear = before.cache_clear  # type: ignore[attr-defined]
     return hashers, "get_hashers", get_hashers
 
 
 def _computing_aside(hasher: Any) -> Any:
-    aside = object.__new__(type(hasher))
-    vars(aside).update(vars(hasher))
+    """``hasher``, its own attributes before its class's."""
     for name in ("encode", "verify", "harden_runtime"):
-        setattr(aside, name, green.blocking(getattr(hasher, name)))
-    return aside
+        setattr(hasher, name, green.blocking(getattr(hasher, name)))
+    return hasher
