@@ -1,17 +1,29 @@
-"""For tests: the server itself on a port of its own, and a client that can send what no HTTP library would."""
+"""For tests: the server itself on a port of its own, and a client that can send what no HTTP library would.
+
+A project's tests need none of it to test its views: in Django's ``TestCase`` and test clients, in a shell and in commands,
+``tornjango.db``, Django's async methods and `tornjango.forms` use Django's own connection, and so see the test's
+transaction. What is here is for tests that want the server, or its pools: their connections are others, which see only
+what was committed. So these belong into a ``TransactionTestCase``, or pytest-django's ``transactional_db``.
+``tornjango.pytest_plugin`` has a fixture.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
+from django.apps import apps
+from django.test import TransactionTestCase, modify_settings
+from django.utils.functional import classproperty
 from tornado.netutil import bind_sockets
 
 from tornjango.application import Application
+from tornjango.db import pools
 from tornjango.server import Server
 
 
@@ -82,6 +94,45 @@ class LiveServer:
         finally:
             self._ready.set()
         asyncio.run(self.server.serve())
+
+
+class LiveServerTestCase(TransactionTestCase):
+    """Django's ``LiveServerTestCase``, with tornjango as the server and its pools on the test database.
+
+    One server for all tests of a class, in a thread of its own; static files of apps are served, too. What a test
+    commits, the server sees; after each test the tables are emptied, as in every ``TransactionTestCase``.
+    """
+
+    server: ClassVar[LiveServer]
+
+    @classmethod
+    def make_application(cls) -> Application:
+        """What is served; for tests of an application of their own."""
+        return Application(staticfiles=apps.is_installed("django.contrib.staticfiles"))
+
+    @classproperty
+    def live_server_url(cls) -> str:
+        return cls.server.url
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        cls.enterClassContext(modify_settings(ALLOWED_HOSTS={"append": "127.0.0.1"}))
+        cls.server = cls.enterClassContext(LiveServer(cls.make_application))
+
+
+@asynccontextmanager
+async def open_pools() -> AsyncIterator[None]:
+    """The pools on the running loop, as in the server, for the length of an ``async with`` block.
+
+    For tests that pytest's plugins run on a loop. Django's own async tests have a thread that waits for them: there
+    Django's async methods keep to that thread's connection, pools or not.
+    """
+    pools.open()
+    try:
+        yield
+    finally:
+        await pools.close()
 
 
 @dataclass(frozen=True)
