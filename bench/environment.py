@@ -71,6 +71,11 @@ def _pip(python: str | Path, *arguments: str | Path) -> None:
 def _run(*command: str | Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise BenchError(
-            f"What the benchmark needs could not be installed:\n{done.stdout}{done.stderr}".strip()
-        )
+        raise BenchError(f"Installing failed:\n{done.stdout}{done.stderr}".strip())
+
+
+if __name__ == "__main__":
+    try:
+        print(psycopg_folder())
+    except BenchError as error:
+        sys.exit(str(error))

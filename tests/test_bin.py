@@ -27,7 +27,7 @@ NO_INDEX = {
 
 def environment() -> dict[str, str]:
     """Without what the tests' own run was told: its servers and versions."""
-    told = {"PYTHON", "DJANGO", "DATABASE_URL"}
+    told = {"PYTHON", "PSYCOPG", "DJANGO", "DATABASE_URL"}
     return {n: value for n, value in os.environ.items() if "PG" not in n and n not in told}
 
 
@@ -139,6 +139,46 @@ def test_a_django_that_tornjango_does_not_run_on_is_refused() -> None:
     result = run(sys.executable, "bin/_environment.py", "demo", DJANGO="4.2")
     assert result.returncode == 1
     assert result.stderr.startswith("DJANGO=4.2 is not one of 5.2, 6.0, 6.1")
+
+
+@pytest.fixture
+def fake_python(program: Callable[[str, str], Path], tmp_path: Path) -> Path:
+    """A Python whose environment is itself, and whose pytest only tells what it was given; with a browser beside it."""
+    program("chromium", "")
+    path = program("python3", "3.13")
+    path.write_text(f"""#!/bin/sh
+case "$1 $2" in
+    "-c "*) echo 3.13 ;;
+    "bin/_environment.py test") echo {path} ;;
+    "-m bench.environment") echo {tmp_path}/psycopg ;;
+    "-m pytest") shift 2; echo "path=${{PYTHONPATH:-}} tests=$*"; exit "${{FAILS:-0}}" ;;
+esac
+""")
+    return path
+
+
+@pytest.mark.parametrize("fails", ["0", "1"])
+def test_the_suite_is_run_and_its_part_about_databases_with_psycopg_3_too(
+    fake_python: Path, tmp_path: Path, fails: str
+) -> None:
+    path = f"{fake_python.parent}:{os.environ['PATH']}"
+    result = run("bin/test", PYTHON=str(fake_python), PATH=path, PYTHONPATH="", FAILS=fails)
+    first, _, second = result.stdout.splitlines()
+    assert first == "path= tests="
+    assert second.startswith(f"path={tmp_path}/psycopg tests=tests/test_db_")
+    assert "tests/test_db_engines_psycopg.py" in second
+    assert result.returncode == int(fails)
+
+
+def test_what_is_given_is_run_once_with_psycopg_3_if_asked_for(
+    fake_python: Path, tmp_path: Path
+) -> None:
+    path = f"{fake_python.parent}:{os.environ['PATH']}"
+    command = ("bin/test", "tests/test_conf.py", "-q")
+    result = run(*command, PYTHON=str(fake_python), PATH=path, PYTHONPATH="")
+    assert result.stdout == "path= tests=tests/test_conf.py -q\n"
+    result = run(*command, PYTHON=str(fake_python), PATH=path, PYTHONPATH="", PSYCOPG="3")
+    assert result.stdout == f"path={tmp_path}/psycopg tests=tests/test_conf.py -q\n"
 
 
 @pytest.mark.slow

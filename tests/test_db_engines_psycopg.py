@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -97,12 +98,10 @@ def test_server_side_binding_changes_no_result(
 ) -> None:
     options["server_side_binding"] = True
     fill()
-
-    async def fetch(queryset: Any) -> list[Any]:
-        async with opened():
-            return await db.fetch(queryset)
-
-    assert differences(lambda queryset: io_loop.run_sync(lambda: fetch(queryset))) == {}
+    pool = opened()
+    io_loop.run_sync(pool.__aenter__)
+    assert differences(lambda queryset: io_loop.run_sync(lambda: db.fetch(queryset))) == {}
+    io_loop.run_sync(lambda: pool.__aexit__(None, None, None))
 
 
 @pytest.mark.gen_test
@@ -121,7 +120,7 @@ async def test_server_side_binding_sends_parameters_apart(
 
 @pytest.mark.gen_test
 async def test_a_statement_as_large_as_any_is_sent_while_others_run(database: None) -> None:
-    text = "x" * 30_000_000
+    text = "x" * 3_000_000
     async with opened(POOL_SIZE=2):
         large = asyncio.create_task(
             pools.get("default").execute("select length(%s), %s", [text] * 2)
@@ -319,3 +318,15 @@ async def test_a_deferred_constraint_fails_the_commit_and_the_connection_stays(
             with pytest.raises(IntegrityError):
                 await lease.commit()
         assert await pid() == before
+
+
+@pytest.mark.gen_test
+async def test_a_lost_connection_is_an_operational_error_whatever_the_reason(
+    database: None,
+) -> None:
+    async with opened(POOL_SIZE=1), pools.get("default").leased() as lease:
+        await lease.execute("set idle_in_transaction_session_timeout = 20")
+        # The loop does not get to hear of it before the next statement is sent.
+        time.sleep(0.2)  # noqa: ASYNC251
+        with pytest.raises(OperationalError, match="idle-in-transaction timeout"):
+            await lease.execute("select 1")

@@ -197,7 +197,7 @@ class Link:
             self.on_notify(notification)
 
     def _notice(self, notice: PGresult) -> None:
-        if notice.error_field(SEVERITY) in (b"FATAL", b"PANIC"):
+        if ends_connection(notice):
             # The server says why it ends the connection; the socket's end may come later.
             self.farewell = notice.get_error_message()
 
@@ -238,6 +238,11 @@ async def _polled(poll: Callable[[], int], owner: PGconn | PGcancelConn) -> bool
     while (status := poll()) in (READING, WRITING):
         await ready(owner.socket, write=status == WRITING)
     return status == POLL_OK
+
+
+def ends_connection(result: PGresult) -> bool:
+    """Whether it is what the server says before it ends a connection."""
+    return result.error_field(SEVERITY) in (b"FATAL", b"PANIC")
 
 
 def _failed(results: list[PGresult]) -> bool:

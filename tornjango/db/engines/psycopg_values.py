@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from psycopg import Column, InternalError, pq
+from psycopg import Column, InternalError, OperationalError, pq
 from psycopg._queries import PostgresClientQuery, PostgresQuery
 from psycopg.adapt import AdaptersMap, Transformer
 from psycopg.errors import error_from_result
@@ -20,7 +20,7 @@ from psycopg.types import TypeInfo
 from psycopg.types.hstore import register_hstore
 
 from tornjango.db.compiler import Params
-from tornjango.db.engines.libpq import Send
+from tornjango.db.engines.libpq import Send, ends_connection
 from tornjango.db.engines.psycopg_prepared import Prepared
 
 TUPLES_OK = int(pq.ExecStatus.TUPLES_OK)
@@ -141,7 +141,11 @@ class Values:
 
     def _raise(self, result: PGresult) -> None:
         if result.status == FATAL_ERROR:
-            raise error_from_result(result, encoding=self._transformer.encoding)
+            error = error_from_result(result, encoding=self._transformer.encoding)
+            if ends_connection(result) and not isinstance(error, OperationalError):
+                # psycopg goes by the reason: to have idled for too long in a transaction is an InternalError.
+                raise OperationalError(str(error)) from error
+            raise error
         name = pq.ExecStatus(result.status).name
         raise InternalError(f"unexpected result status from query: {name}")
 
