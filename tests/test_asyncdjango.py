@@ -28,6 +28,7 @@ from django.contrib.sessions.backends.db import SessionStore
 from django.core import paginator
 from django.core.cache import cache
 from django.db import connection, transaction
+from django.db.models import Func, IntegerField
 from django.dispatch import Signal
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import aget_list_or_404, aget_object_or_404
@@ -37,6 +38,7 @@ from tests.app.models import Author, Blog, Entry, Tag
 from tests.database import opened
 from tests.threads import started_threads, thread_name
 from tornjango import asyncdjango, db, green
+from tornjango.db import pools
 
 LOOP = threading.main_thread().name
 HERE = __name__
@@ -429,10 +431,22 @@ async def test_async_to_sync_waits_in_green_code(database: None) -> None:
 
 @pytest.mark.gen_test
 async def test_async_code_that_a_thread_waits_for_is_in_its_transaction(database: None) -> None:
-    async def counts() -> tuple[int, list[Any]]:
-        return await Blog.objects.acount(), [blog async for blog in Blog.objects.all()]
+    prepared = db.prepare(lambda name: Blog.objects.filter(name=name))
+    committed: list[str] = []
 
-    def view() -> tuple[int, list[Any]]:
+    async def counts() -> list[int]:
+        async with db.atomic():
+            transaction.on_commit(lambda: committed.append("too early"))
+            return [
+                await Blog.objects.acount(),
+                len([blog async for blog in Blog.objects.all()]),
+                len(await db.fetch(Blog.objects.all())),
+                len(await db.query("select * from app_blog")),
+                await prepared.count(name="not committed"),
+                len([blog async for blog in db.stream(Blog.objects.all())]),
+            ]
+
+    def view() -> list[int]:
         with transaction.atomic():
             Blog.objects.create(name="not committed")
             seen = async_to_sync(counts)()
@@ -441,9 +455,34 @@ async def test_async_code_that_a_thread_waits_for_is_in_its_transaction(database
         return seen
 
     async with opened():
-        counted, rows = await sync_to_async(view)()
-        assert (counted, len(rows)) == (1, 1)
+        assert await sync_to_async(view)() == [1] * 6
         assert await Blog.objects.acount() == 0
+    assert committed == []
+
+
+@pytest.mark.gen_test
+async def test_async_code_that_a_thread_waits_for_uses_the_pool_outside_a_transaction(
+    database: None,
+) -> None:
+    async def backend() -> int:
+        [(pid,)] = await db.query("select pg_backend_pid()")
+        found = await Blog.objects.annotate(
+            pid=Func(function="pg_backend_pid", output_field=IntegerField())
+        ).afirst()
+        assert found is not None
+        assert pools.status()["default"]["free"] == 1
+        return int(pid)
+
+    def view() -> tuple[int, int]:
+        Blog.objects.create(name="x")
+        with connection.cursor() as cursor:
+            cursor.execute("select pg_backend_pid()")
+            own = cursor.fetchone()[0]
+        return own, async_to_sync(backend)()
+
+    async with opened():
+        own, others = await sync_to_async(view)()
+        assert own != others
 
 
 @pytest.mark.gen_test

@@ -8,6 +8,7 @@ else's ``sync_to_async`` changes: what a project wraps by itself still has a thr
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 import importlib
 import inspect
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import asgiref.sync
 from asgiref.sync import AsyncToSync
 from django.apps import apps
+from django.db import connections
 from django.dispatch import dispatcher
 
 from tornjango import blocking, green
@@ -116,24 +118,33 @@ async def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
 
     In any other, in a thread, with Django's own connection of the caller.
     """
-    if _replaced and (green.current() is not None or not _for_a_thread()):
+    if runs_green():
         return await green.run(fn, *args, **kwargs)
     return await asgiref.sync.sync_to_async(fn)(*args, **kwargs)
 
 
-def _for_a_thread() -> bool:
-    """Whether sync code in a thread waits for this, by ``async_to_sync``: its transaction is on that thread."""
-    return getattr(AsyncToSync.executors, "current", None) is not None
+def runs_green() -> bool:
+    """Whether the caller's queries are for the pools.
+
+    Not while sync code in a thread waits for it, by ``async_to_sync``, in a transaction on Django's own connection: then
+    they are for that.
+    """
+    return bool(_replaced) and not _in_threads_transaction.get()
+
+
+_in_threads_transaction: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "tornjango.asyncdjango", default=False
+)
 
 
 def install() -> None:
     """Until `uninstall`, Django's own ``a``-prefixed methods run green, ``async_to_sync`` waits in green code, and what
     blocks there goes aside (``tornjango.blocking``)."""
     going_aside = [*blocking.replacements()]
-    for name, runs_green in MODULES.items():
+    for name, is_known in MODULES.items():
         module = _module(name)
         if module is not None and hasattr(module, "sync_to_async"):
-            _replace(module, "sync_to_async", functools.partial(_sync_to_async, runs_green))
+            _replace(module, "sync_to_async", functools.partial(_sync_to_async, is_known))
     _replace(dispatcher, "sync_to_async", _receivers_to_async)
     for twin in TWINS:
         _install_twin(twin)
@@ -178,13 +189,13 @@ def _module(name: str) -> Any:
 
 
 def _sync_to_async(
-    runs_green: Callable[[Function], bool],
+    is_known: Callable[[Function], bool],
     fn: Function,
     *,
     thread_sensitive: bool = True,
     **options: Any,
 ) -> Callable[..., Coroutine[Any, Any, Any]]:
-    if thread_sensitive and runs_green(fn):
+    if thread_sensitive and is_known(fn):
         return functools.partial(run, fn)
     return asgiref.sync.sync_to_async(fn, thread_sensitive=thread_sensitive, **options)
 
@@ -203,11 +214,20 @@ def _receivers_to_async(fn: Function) -> Callable[..., Coroutine[Any, Any, Any]]
     return call
 
 
+def _in_transaction() -> bool:
+    opened = connections.all(initialized_only=True)
+    return any(it.in_atomic_block or not it.autocommit for it in opened if it.connection)
+
+
 def _async_to_sync(before: Function) -> Function:
     @functools.wraps(before)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if green.active():
             return green.wait(self.awaitable(*args, **kwargs))
-        return before(self, *args, **kwargs)
+        token = _in_threads_transaction.set(_in_transaction())
+        try:
+            return before(self, *args, **kwargs)
+        finally:
+            _in_threads_transaction.reset(token)
 
     return call

@@ -13,7 +13,6 @@ from django.db.transaction import Atomic
 from django.db.utils import DEFAULT_DB_ALIAS
 
 from tornjango import asyncdjango, green
-from tornjango.db import pools
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -44,7 +43,7 @@ class atomic:
         self._loan: _Loan | None = None
         try:
             await asyncdjango.run(self._begin)
-            if not pools.is_open() and _here(self._wrapper.alias) is not self._wrapper:
+            if not asyncdjango.runs_green() and _here(self._wrapper.alias) is not self._wrapper:
                 self._loan = _Loan(self._wrapper)
         except BaseException as exc:
             try:

@@ -42,7 +42,11 @@ async def execute(alias: str, sql: str, params: Params) -> Result:
     target = executor(alias)
     wrapper = connection.of_task(alias)
     if wrapper is None:
-        watched = isinstance(target, Engine) and target.wrapper.queries_logged and pools.is_open()
+        watched = (
+            isinstance(target, Engine)
+            and target.wrapper.queries_logged
+            and asyncdjango.runs_green()
+        )
     else:
         watched = wrapper.queries_logged or wrapper.execute_wrappers
     if watched:
@@ -53,7 +57,7 @@ async def execute(alias: str, sql: str, params: Params) -> Result:
 async def fetch(queryset: AnyQuerySet, alias: str) -> list[Any]:
     """What ``list(queryset)`` would give. The queryset itself is left as it was."""
     state: Any = queryset
-    if not pools.is_open():
+    if not asyncdjango.runs_green():
         return await asyncdjango.run(_evaluate, unevaluated(queryset, alias))
     if state._result_cache is None:
         objects = await _objects(queryset, alias)

@@ -20,7 +20,7 @@ DRIVERS = {"momoko": "psycopg2", "psycopg": "psycopg"}
 PSYCOPG = (3, 2)
 
 _engines: dict[str, Engine] | None = None
-_unopened: dict[str, Engine] = {}
+_plain: dict[str, Engine] = {}
 
 
 def open(config: Config | None = None) -> None:
@@ -65,15 +65,16 @@ def is_open() -> bool:
 
 
 def get(alias: str) -> Engine:
-    """The engine of a database; Django's own connection, while the pools are not open.
+    """The engine of a database; Django's own connection, where the caller's queries are not for the pools.
 
     Raises Django's ConnectionDoesNotExist for an alias that DATABASES has not.
     """
-    engine = (_unopened if _engines is None else _engines).get(alias)
+    engines = _engines if _engines is not None and asyncdjango.runs_green() else _plain
+    engine = engines.get(alias)
     if engine is not None:
         return engine
     connections[alias]
-    return _unopened.setdefault(alias, PlainEngine(alias))
+    return _plain.setdefault(alias, PlainEngine(alias))
 
 
 def status() -> dict[str, dict[str, Any]]:

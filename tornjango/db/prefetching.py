@@ -20,7 +20,7 @@ from django.db.models.query import (
 )
 
 from tornjango import asyncdjango
-from tornjango.db import connection, pools
+from tornjango.db import connection
 
 #: Queries that one call has under way at one time: others want connections, too.
 SIDE_BY_SIDE = 4
@@ -31,7 +31,7 @@ async def prefetch(objects: Sequence[Any], lookups: Sequence[Any]) -> None:
 
     Raises what Django raises for the first lookup that cannot be followed.
     """
-    if not pools.is_open() or connection.in_transaction():
+    if not asyncdjango.runs_green() or connection.in_transaction():
         await asyncdjango.run(prefetch_related_objects, objects, *lookups)
     elif objects:
         await _Prefetching(objects).level(objects, normalize_prefetch_lookups(lookups), 0)

@@ -553,7 +553,7 @@ def _target(alias: str) -> Target:
     engine = pools.get(alias)
     wrapper = _wrappers.get(engine)
     if wrapper is None:
-        wrapper = connection.make(engine) if pools.is_open() else engine.wrapper
+        wrapper = connection.make(engine) if asyncdjango.runs_green() else engine.wrapper
         _wrappers[engine] = wrapper
     return Target(alias, wrapper)
 

@@ -13,7 +13,7 @@ from django.db.models.query import RawQuerySet
 from django.db.transaction import TransactionManagementError
 
 from tornjango import asyncdjango, green
-from tornjango.db import connection, fetching, pools
+from tornjango.db import connection, fetching
 from tornjango.db.compiler import AnyQuerySet, Params, compile, unevaluated
 from tornjango.db.engines.base import Result, Stream
 from tornjango.db.prefetching import prefetch
@@ -23,7 +23,7 @@ async def stream(queryset: AnyQuerySet, alias: str, chunk_size: int) -> AsyncGen
     """The objects of a queryset; ``chunk_size`` rows are in memory at one time."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be 1 or more, not {chunk_size!r}.")
-    if not pools.is_open():
+    if not asyncdjango.runs_green():
         chunks = _by_django(queryset, alias, chunk_size)
     elif connection.transaction(alias):
         chunks = _in_transaction(queryset, alias, chunk_size)
