@@ -16,7 +16,7 @@ from django.db import connections, router, transaction
 from django.db.models import Case, Count, Exists, F, OuterRef, Prefetch, Q, QuerySet, Value, When
 from django.db.models import functions as fn
 from django.db.models.fields import CharField, IntegerField
-from django.db.models.lookups import Transform
+from django.db.models.lookups import Exact, Transform
 from django.db.models.signals import post_delete
 from django.db.transaction import TransactionManagementError
 from django.db.utils import DataError
@@ -270,6 +270,17 @@ def test_update_fails_as_djangos(
 
 
 @pytest.mark.gen_test
+async def test_an_argument_and_a_field_may_have_the_same_name(filled: None) -> None:
+    named = db.prepare(lambda name: Author.objects.filter(name=name))
+    async with opened():
+        assert await named.update("Ann", name="Ann") == 1
+        assert await named.update("Ann", name="Anna") == 1
+        assert await named.update("Bob", name="Anna") == 1
+        assert await named.count("Anna") == 2
+        assert shape(named, UPDATE)
+
+
+@pytest.mark.gen_test
 async def test_delete_is_one_statement_where_django_has_one(filled: None) -> None:
     numbered = db.prepare(lambda number: Place.objects.filter(number=number))
     deleted = []
@@ -430,6 +441,35 @@ async def test_an_argument_that_is_looked_at_has_a_statement_for_each_value(
     assert "the function looks at its argument 'number'" in record.getMessage()
 
 
+class Named(Exact):
+    """Nothing is named by an empty string."""
+
+    lookup_name = "named"
+
+    def get_prep_lookup(self) -> Any:
+        value = super().get_prep_lookup()
+        return None if type(value) is str and not value else value
+
+
+def test_values_that_change_the_sql_do_not_fit_and_run_plain(filled: None, served: IOLoop) -> None:
+    cases: list[tuple[Callable[[Any], Any], list[Any]]] = [
+        (lambda x: Everything.objects.filter(boolean=x), ["True", "False", "True"]),
+        (lambda x: Entry.objects.filter(rating__lt=x), [2**70, 2, -(2**70), 3]),
+        (lambda x: Entry.objects.exclude(rating__lt=x), [2**70, 2, -(2**70), 3]),
+        (lambda x: Entry.objects.filter(rating=x), [1, 2**70, 2]),
+        (lambda x: Entry.objects.filter(rating__in=x), [[1, 2], [1, 1], [2, 3]]),
+        (lambda x: Entry.objects.exclude(editor__in=x), [[1, 2], [1, None], [2, 3]]),
+        (lambda x: Author.objects.filter(name__named=x), ["Ann", "", "Bob"]),
+    ]
+    with register_lookup(CharField, Named):
+        for function, values in cases:
+            compared = Compared(served, function)
+            for value in values:
+                for operation in METHODS:
+                    compared.check(operation, x=value)
+            assert (values, compared.is_prepared) == (values, True)
+
+
 LOOKS: list[Callable[[Any], Any]] = [
     lambda x: Author.objects.filter(name=x.strip()),
     lambda x: Author.objects.filter(name=str(x)),
@@ -442,6 +482,7 @@ LOOKS: list[Callable[[Any], Any]] = [
     lambda x: Author.objects.filter(name=x) if x in {"Ann"} else Author.objects.all(),
     lambda x: Author.objects.filter(name=x.strip() if isinstance(x, str) else x),
     lambda x: Author.objects.filter(name=getattr(x, "strip", lambda: x)()),
+    lambda x: Author.objects.filter(name=x) if type(x) is str else Author.objects.all(),
     lambda x: Author.objects.order_by(x),
     lambda x: Author.objects.filter(**{x: 1}),
     lambda x: Author.objects.extra(where=[f"name = '{x}'"]),
@@ -573,7 +614,7 @@ LOOKUPS: dict[Any, list[str]] = {
 
 FAMILIES: list[list[Any]] = [
     [0, 1, 2, 3, 2009, -1, 2**31, 2**63, -(2**70), 2**31 - 1, Status.ONE],
-    ["", "1", "Ann", "Django", "1%", "_", "\\", "sport", "č", "'", "2009-02-07", Name.ANN, "2009"],
+    ["", "1", "Ann", "Django", "1%", "_", "\\", "sport", "č", "'", "2009-02-07", Name.ANN, "True"],
     ["a", "Entry 1 at 1%", "^A", "(", "\x00", "true", "::1", "de", "Not yet", "{}", "x" * 300],
     [0.5, 1.0, float("inf"), float("nan"), -1e300],
     [decimal.Decimal("1.10"), decimal.Decimal("NaN"), decimal.Decimal(10) ** 30],

@@ -316,7 +316,7 @@ class Prepared(Generic[P, T]):
         if operation is DELETE and not _Delete.is_alone(ready.queryset, alias):
             return await self._plain(operation, values, options)
         try:
-            params = ready.template.bind({**values, **options} if options else values)
+            params = ready.template.bind(_merged(values, options) if options else values)
         except Exception:  # noqa: BLE001 - Django itself is asked next, and raises what there is to raise
             return await self._plain(operation, values, options)
         result = await self._execute(operation, alias, ready.template.sql, params)
@@ -358,7 +358,7 @@ class Prepared(Generic[P, T]):
         key: list[Any] = [operation, _zone()]
         if options is not None:
             key.append(tuple(options))
-            values = values | options
+            values = _merged(values, options)
         for name, value in values.items():
             cls: Any = type(value)
             kind = _kind(cls)
@@ -399,7 +399,7 @@ class Prepared(Generic[P, T]):
         except Different:
             return None
         except Unfit as exc:
-            self._learn(operation, exc, [*values, *options])
+            self._learn(operation, exc, list(_merged(values, options)))
             return None
         if len(self._shapes) >= KEPT:
             self._shapes.pop(next(iter(self._shapes)), None)
@@ -424,8 +424,9 @@ class Prepared(Generic[P, T]):
             raise Different
         seen: set[str] = set()
         stands = {name: self._stand_in(name, it, seen) for name, it in values.items()}
-        sets = {name: self._stand_in(name, it, seen) for name, it in options.items()}
-        ready = self._checked(operation, stands, sets, seen, target, plain, values | options)
+        sets = {name: self._stand_in(f"={name}", it, seen) for name, it in options.items()}
+        merged = _merged(values, options)
+        ready = self._checked(operation, stands, sets, seen, target, plain, merged)
         return Shape(queryset), target.alias, ready
 
     def _stand_in(self, name: str, value: Any, seen: set[str]) -> Any:
@@ -547,6 +548,11 @@ def _expect(operation: Operation, queryset: Any) -> None:
     if not isinstance(queryset, QuerySet) or queryset._result_cache is not None:
         raise Unfit("it is not an unevaluated QuerySet")
     operation.check(queryset)
+
+
+def _merged(values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The function's arguments, and what an update sets, which may be of the same name."""
+    return values | {f"={name}": value for name, value in options.items()}
 
 
 def _target(alias: str) -> Target:
