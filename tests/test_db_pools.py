@@ -145,6 +145,18 @@ def test_with_a_psycopg_too_old_threads_are_used(
         pools.open(Config(ENGINES={"default": "psycopg"}))
 
 
+@pytest.mark.skipif(not is_psycopg3, reason="PostGIS does so with psycopg 3 only")
+def test_a_backend_that_registers_types_with_its_connections_is_left_to_threads(
+    monkeypatch: pytest.MonkeyPatch, default_engine: Callable[[], str]
+) -> None:
+    monkeypatch.setattr(
+        type(connections["default"]), "register_geometry_adapters", print, raising=False
+    )
+    assert default_engine() == "threads"
+    with pytest.raises(ConfigurationError, match="PostGIS"):
+        pools.open(Config(ENGINES={"default": "psycopg"}))
+
+
 def test_a_database_that_is_not_there_is_named(database: None) -> None:
     with pytest.raises(ConnectionDoesNotExist, match="nowhere"):
         pools.get("nowhere")

@@ -116,6 +116,8 @@ def _unfit(engine: str, wrapper: Any) -> str | None:
         )
     if engine == "momoko" and importlib.util.find_spec("momoko") is None:
         return "momoko is not installed (pip install --no-deps momoko==2.2.5.1)."
+    if engine == "psycopg" and hasattr(wrapper, "register_geometry_adapters"):
+        return "its backend registers PostGIS's types with psycopg's connections, and this engine has none."
     if engine == "psycopg" and get_version_tuple(wrapper.Database.__version__) < PSYCOPG:
         return f'psycopg {wrapper.Database.__version__} is too old (pip install "psycopg[binary]>=3.2").'
     return None
