@@ -450,6 +450,9 @@ class Named(Exact):
         value = super().get_prep_lookup()
         return None if type(value) is str and not value else value
 
+    def get_rhs_op(self, connection: Any, rhs: str) -> str:
+        return f"= {rhs}"
+
 
 def test_values_that_change_the_sql_do_not_fit_and_run_plain(filled: None, served: IOLoop) -> None:
     cases: list[tuple[Callable[[Any], Any], list[Any]]] = [
