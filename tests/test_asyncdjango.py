@@ -33,6 +33,7 @@ from django.dispatch import Signal
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import aget_list_or_404, aget_object_or_404
 from django.test import RequestFactory, override_settings
+from django.views.debug import technical_500_response
 
 from tests.app.models import Author, Blog, Entry, Tag
 from tests.database import opened
@@ -397,6 +398,31 @@ async def test_receivers_of_others_are_called_in_a_thread() -> None:
         await signal.asend(sender=None)
     assert threads
     assert LOOP not in threads
+
+
+# Made, so that it is not in the lines of code that a report shows.
+SECRET = "".join(reversed("drowssapym"))
+
+
+@pytest.mark.gen_test
+async def test_an_error_report_shows_no_password(
+    database: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: object, user: object) -> None:
+        raise TypeError("at a login")
+
+    monkeypatch.setattr(ModelBackend, "user_can_authenticate", fail)
+    async with opened():
+        await User.objects.acreate_user("ann", password=SECRET)
+        try:
+            await aauthenticate(HttpRequest(), username="ann", password=SECRET)
+        except TypeError:
+            report = technical_500_response(
+                RequestFactory().get("/"), *sys.exc_info()
+            ).content.decode()
+    assert "at a login" in report
+    assert "_drive" in report
+    assert SECRET not in report
 
 
 @pytest.mark.gen_test

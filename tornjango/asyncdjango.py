@@ -113,6 +113,7 @@ class Replacement(NamedTuple):
 _replaced: list[Replacement] = []
 
 
+@green.unreported
 async def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Sync code that does nothing that blocks but to query: on the loop in a process that tornjango serves.
 
@@ -175,6 +176,7 @@ def _install_twin(twin: Twin) -> None:
     before, of = vars(owner)[twin.name], vars(owner)[twin.of]
 
     @functools.wraps(before)
+    @green.unreported
     async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return await run(of, self, *args, **kwargs)
 

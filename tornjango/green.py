@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial, wraps
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
+from django.views.decorators.debug import coroutine_functions_to_sensitive_variables
 from greenlet import GreenletExit, getcurrent, greenlet
 
 P = ParamSpec("P")
@@ -208,17 +209,16 @@ class _Green(greenlet):
 
     def run(self) -> None:
         while True:
-            fn, args, kwargs = self.fn, self.args, self.kwargs
-            self.fn = self.args = self.kwargs = None
             result = None
             try:
-                result = fn(*args, **kwargs)  # type: ignore[misc]
+                # Not in variables of their own: error reports would show the arguments, passwords among them.
+                result = self.fn(*self.args, **self.kwargs)  # type: ignore[misc]
             except GreenletExit:
                 raise
             except BaseException as exc:  # noqa: BLE001 - raised where the call is awaited
                 self.error = exc
             self.idle = True
-            del fn, args, kwargs
+            self.fn = self.args = self.kwargs = None
             self.driver.switch(result)
 
 
@@ -277,6 +277,15 @@ def shielded(limit: float | None = None) -> Iterator[None]:
         running.limit = outer
 
 
+def unreported(fn: Callable[P, T]) -> Callable[P, T]:
+    """Django's error reports show no variables of the coroutine function: its arguments may be another's passwords."""
+    code: Any = getattr(fn, "__code__")  # noqa: B009 - not known to type checkers
+    place = hash(f"{code.co_filename}:{code.co_firstlineno}")
+    coroutine_functions_to_sensitive_variables[place] = "__ALL__"
+    return fn
+
+
+@unreported
 async def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """``fn(*args, **kwargs)``, sync code, on the event loop: see the module's description.
 
@@ -303,6 +312,7 @@ async def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
             leave(own)
 
 
+@unreported
 async def _drive(scope: Scope | None, fn: Callable[..., T], args: Any, kwargs: Any) -> T:
     loop = asyncio.get_running_loop()
     driver = getcurrent()
