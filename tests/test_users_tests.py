@@ -18,7 +18,7 @@ SECRET_KEY = "only for tests"
 ROOT_URLCONF = "urls"
 INSTALLED_APPS = [
     "django.contrib.auth", "django.contrib.contenttypes", "django.contrib.sessions",
-    "django.contrib.staticfiles", "tornjango",
+    "tornjango", "django.contrib.staticfiles",
 ]
 MIDDLEWARE = [
     "django.contrib.sessions.middleware.SessionMiddleware",
@@ -27,6 +27,7 @@ MIDDLEWARE = [
 STATIC_URL = "static/"
 STATICFILES_DIRS = ["files"]
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+LOGGING = {"version": 1, "disable_existing_loggers": False, "handlers": {"c": {"class": "logging.StreamHandler"}}, "root": {"handlers": ["c"], "level": "WARNING"}}
 TEMPLATES = [{"BACKEND": "django.template.backends.django.DjangoTemplates", "DIRS": ["templates"]}]
 DATABASES = {"default": {
     "ENGINE": "django.db.backends.postgresql", "NAME": "users_tests", "USER": os.environ["PGUSER"],
@@ -232,11 +233,14 @@ def test_in_a_shell_the_calls_use_djangos_own_connection(project: Path) -> None:
     code = """
 import asyncio
 from django.contrib.auth.models import User
+from django.db import transaction
 from tornjango import db
 async def main():
     async with db.atomic():
         await User.objects.acreate(username="ann")
         print(await db.query("select username from auth_user"), len(await db.fetch(User.objects.all())))
+        transaction.set_rollback(True)
+    assert not await User.objects.aexists()
 asyncio.run(main())
 """
     assert "[('ann',)] 1" in run(project, "manage.py", "shell", "-c", code)

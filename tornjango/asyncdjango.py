@@ -112,6 +112,9 @@ class Replacement(NamedTuple):
 
 _replaced: list[Replacement] = []
 
+#: The loop that the pools are for; None while nobody has said.
+_home: asyncio.AbstractEventLoop | None = None
+
 
 @green.unreported
 async def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -128,9 +131,11 @@ def runs_green() -> bool:
     """Whether the caller's queries are for the pools.
 
     Not while sync code in a thread waits for it, by ``async_to_sync``, in a transaction on Django's own connection: then
-    they are for that.
+    they are for that. Nor on another event loop than the server's, in a test beside it, say.
     """
-    return bool(_replaced) and not _in_threads_transaction.get()
+    if not _replaced or _in_threads_transaction.get():
+        return False
+    return _home is None or asyncio._get_running_loop() in (None, _home)
 
 
 _in_threads_transaction: contextvars.ContextVar[bool] = contextvars.ContextVar(
@@ -155,7 +160,15 @@ def install() -> None:
     blocking.forget()
 
 
+def serve_on(loop: asyncio.AbstractEventLoop) -> None:
+    """From now on until `uninstall`, async code on any other loop uses Django's own connections, in threads."""
+    global _home
+    _home = loop
+
+
 def uninstall() -> None:
+    global _home
+    _home = None
     while _replaced:
         owner, name, before = _replaced.pop()
         setattr(owner, name, before)

@@ -139,13 +139,6 @@ def current() -> Scope | None:
     return _inherited.get()
 
 
-class _Compat:
-    get = staticmethod(current)
-
-
-scope = _Compat()
-
-
 def enter(scope: Scope) -> None:
     """From now on ``scope`` is the one of its task, which is running, and of the tasks that it starts."""
     scope.task_was_known = scope.task in _of_task

@@ -90,10 +90,13 @@ class LiveServer:
             self._bind()
         except BaseException as exc:  # noqa: BLE001  raised again where the block begins
             self._error = exc
-            return
-        finally:
             self._ready.set()
-        asyncio.run(self.server.serve())
+            return
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
+        asyncio.get_running_loop().call_soon(self._ready.set)  # when it serves
+        await self.server.serve()
 
 
 class LiveServerTestCase(TransactionTestCase):
