@@ -180,3 +180,34 @@ async def test_cancelled_it_rolls_back_and_cancels_whom_it_waits_for(
 
 async def _here(sql: str) -> Any:
     return await db.query(sql)
+
+
+@pytest.mark.gen_test
+async def test_streams_and_statements_of_several_tasks_take_turns(database: None) -> None:
+    async def counts() -> int:
+        return len([blog async for blog in db.stream(Blog.objects.all(), chunk_size=3)])
+
+    async def iterates() -> int:
+        return len([blog async for blog in Blog.objects.aiterator(chunk_size=3)])
+
+    async def queries() -> int:
+        for _ in range(10):
+            async with db.atomic():
+                await Blog.objects.filter(name="0").aupdate(name="0")
+        return 20
+
+    async with opened(), shared_atomic(["default"]):
+        await Blog.objects.abulk_create([Blog(name=str(number)) for number in range(20)])
+        work = (counts(), queries(), counts(), iterates(), queries())
+        assert await asyncio.gather(*work) == [20] * 5
+
+
+@pytest.mark.gen_test
+async def test_a_stream_ends_with_the_shared_transaction(database: None) -> None:
+    async with opened():
+        async with shared_atomic(["default"]):
+            await Blog.objects.abulk_create([Blog(name="a"), Blog(name="b")])
+            stream = db.stream(Blog.objects.all(), chunk_size=1)
+            assert (await anext(stream)).name == "a"
+        with pytest.raises(TransactionManagementError, match=r"db\.stream\(\) began"):
+            await anext(stream)

@@ -149,11 +149,36 @@ class InTurn:
         async with self._scope.turn():
             return await self._target().execute(sql, params)
 
+    def stream(self, stream: Stream) -> Stream:
+        """``stream``, a part of the transaction, for a task that others take turns with."""
+        return StreamInTurn(self._scope, stream)
+
     def _target(self) -> PoolConnection | Engine:
         """The transaction may have ended while its turn was waited for."""
         found = transaction(self._alias)
         assert not isinstance(found, InTurn)
         return self._connection.engine if found is None else found
+
+
+class StreamInTurn(Stream):
+    def __init__(self, scope: green.Scope, stream: Stream) -> None:
+        self._scope = scope
+        self._stream = stream
+
+    @property
+    def description(self) -> Sequence[Any] | None:  # type: ignore[override]
+        return self._stream.description
+
+    async def fetch(self, size: int) -> list[Row]:
+        async with self._scope.turn():
+            return await self._stream.fetch(size)
+
+    async def close(self) -> None:
+        async with self._scope.turn():
+            await self._stream.close()
+
+    def abandon(self) -> None:
+        self._stream.abandon()
 
 
 class Cursor:

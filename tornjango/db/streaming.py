@@ -15,6 +15,7 @@ from django.db.transaction import TransactionManagementError
 from tornjango import asyncdjango, green
 from tornjango.db import connection, fetching
 from tornjango.db.compiler import AnyQuerySet, Params, compile, unevaluated
+from tornjango.db.connection import InTurn
 from tornjango.db.engines.base import Result, Stream
 from tornjango.db.prefetching import prefetch
 
@@ -46,6 +47,8 @@ async def _in_transaction(
     if compiled.sql is None:
         return
     source = await green.run(_declare, alias, compiled.sql, compiled.params)
+    if isinstance(own, InTurn):
+        source = own.stream(source)
     try:
         while rows := await source.fetch(chunk_size):
             objects = await fetching.hydrate(compiled, _result(rows, source))
