@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from django.core.handlers.base import BaseHandler
+from django.db import connections
 from django.test import AsyncClient, Client, override_settings
 from django.urls import reverse
 
 from tests.comet_channels import until_parked
 from tornjango import comet
+from tornjango.comet.views import poll
 
 URL = "/comet/poll/"
 
@@ -147,3 +150,11 @@ def test_error_in_an_authoriser_is_an_ordinary_500(
     response = Client(raise_request_exception=False).get(URL, {"channel": "raises:broken"})
     assert response.status_code == 500
     assert error_log.pop().getMessage() == f"Internal Server Error: {URL}"
+
+
+def test_a_poll_is_in_no_transaction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parked one would hold its connection."""
+    for options in connections.settings.values():
+        monkeypatch.setitem(options, "ATOMIC_REQUESTS", True)
+    chain = BaseHandler()
+    assert chain.make_view_atomic(poll) is poll

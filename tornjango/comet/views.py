@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from django.db import connections, transaction
 from django.http import HttpRequest, HttpResponse, JsonResponse, QueryDict
 from django.views.decorators.csrf import csrf_exempt
 
@@ -10,6 +14,17 @@ from tornjango.exceptions import CometError
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
+View = TypeVar("View", bound=Callable[..., Any])
+
+
+def _in_no_transaction(view: View) -> View:
+    """With ATOMIC_REQUESTS, a parked request would keep the connection that its authoriser has asked."""
+    for alias in connections:
+        view = transaction.non_atomic_requests(using=alias)(view)
+    return view
+
+
+@_in_no_transaction
 @csrf_exempt  # It changes nothing, and what it answers another site cannot read.
 async def poll(request: HttpRequest) -> HttpResponse:
     """The long-poll: ``channel`` (repeated) and ``cursor``, in the query of a GET or the form of a POST."""
