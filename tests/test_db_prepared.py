@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync
-from django.db import connections, router, transaction
+from django.core.management import call_command
+from django.db import router, transaction
 from django.db.models import Case, Count, Exists, F, OuterRef, Prefetch, Q, QuerySet, Value, When
 from django.db.models import functions as fn
 from django.db.models.fields import CharField, IntegerField
@@ -335,19 +336,16 @@ async def test_a_failed_write_breaks_the_transaction(filled: None) -> None:
 
 
 @pytest.fixture
-def sqlite() -> Iterator[Any]:
-    connection = connections["sqlite"]
-    with connection.schema_editor() as editor:
-        editor.create_model(Blog)
+def sqlite() -> Iterator[None]:
+    call_command("migrate", database="sqlite", run_syncdb=True, verbosity=0, interactive=False)
     Blog.objects.using("sqlite").create(name="Django", pk=7)
-    yield connection
-    with connection.schema_editor() as editor:
-        editor.delete_model(Blog)
+    yield
+    Blog.objects.using("sqlite").all().delete()
 
 
 @pytest.mark.gen_test
 async def test_each_database_has_its_own_statement(
-    filled: None, sqlite: Any, monkeypatch: pytest.MonkeyPatch
+    filled: None, sqlite: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def function(name: str) -> Any:
         return Blog.objects.filter(name__contains=name)
