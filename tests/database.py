@@ -40,12 +40,16 @@ UTC = dt.UTC
 PLUS_FIVE = dt.timezone(dt.timedelta(hours=5, minutes=30))
 
 
+def engines() -> dict[str, Any]:
+    """The settings that have the engine that TESTS_ENGINE names, if it does, for the databases of PostgreSQL."""
+    engine = os.environ.get("TESTS_ENGINE")
+    return {"ENGINES": {"default": engine, "own": engine}} if engine else {}
+
+
 @asynccontextmanager
 async def opened(**options: Any) -> AsyncIterator[None]:
     """Pools with these settings, closed at the end; PostgreSQL's of the engine that TESTS_ENGINE names, if it does."""
-    if engine := os.environ.get("TESTS_ENGINE"):
-        options.setdefault("ENGINES", {"default": engine, "own": engine})
-    pools.open(Config.from_dict(options))
+    pools.open(Config.from_dict({**engines(), **options}))
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
@@ -15,7 +15,7 @@ from django.db import connections
 from django.db.backends.signals import connection_created
 from django.db.backends.sqlite3.base import DatabaseWrapper as SqliteWrapper
 from django.db.models import Count
-from django.db.utils import DatabaseError, IntegrityError, InterfaceError, OperationalError
+from django.db.utils import DatabaseError, IntegrityError, OperationalError
 from django.test import override_settings
 
 from tests.app.models import Blog, Entry
@@ -49,14 +49,24 @@ def watcher(postgres: Postgres) -> Iterator[Watcher]:
     watcher.close()
 
 
+class Blocker(threading.Event):
+    def __init__(self) -> None:
+        super().__init__()
+        self.began = threading.Event()
+
+    def block(self) -> int:
+        self.began.set()
+        return int(self.wait(10))
+
+
 @pytest.fixture
-def blocker() -> Iterator[threading.Event]:
+def blocker() -> Iterator[Blocker]:
     """SQL's ``block()`` of SQLite returns when it is set: no interruption ends it before."""
-    event = threading.Event()
+    event = Blocker()
 
     def receive(connection: Any, **kwargs: Any) -> None:
         if connection.vendor == "sqlite":
-            connection.connection.create_function("block", 0, lambda: int(event.wait(10)))
+            connection.connection.create_function("block", 0, event.block)
 
     connection_created.connect(receive)
     yield event
@@ -257,37 +267,30 @@ async def test_a_commit_whose_answer_is_lost_says_that_it_is_unknown(
 
 
 @pytest.mark.gen_test
-async def test_a_server_that_is_away_is_an_error_and_its_return_is_noticed(
-    own_postgres: Postgres,
-) -> None:
+async def test_a_server_that_comes_back_is_waited_for(own_postgres: Postgres) -> None:
     async with opened(ENGINES={"own": "threads"}, POOL_SIZE=2):
         own = db.using("own")
-        assert await own.query("select 1") == [(1,)]
+        await own.query("select 1")
         await asyncio.to_thread(own_postgres.stop)
-        for _ in range(3):
-            with pytest.raises(OperationalError):
-                await own.query("select 1")
+        waiting = [asyncio.ensure_future(own.query("select 1")) for _ in range(3)]
+        await until(lambda: pools.status()["own"]["connecting"])
         await asyncio.to_thread(own_postgres.start)
-        assert await own.query("select 1") == [(1,)]
+        assert await asyncio.gather(*waiting) == [[(1,)]] * 3
         assert pools.status()["own"]["in_use"] == 0
 
 
 @pytest.mark.gen_test
-async def test_a_frozen_server_does_not_hold_up_closing(
-    own_postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+async def test_a_connection_that_the_server_does_not_answer_for_is_replaced_where_it_is_asked(
+    database: None,
 ) -> None:
-    monkeypatch.setattr(base, "CANCEL_TIMEOUT", 0.2)
-    async with opened(ENGINES={"own": "threads"}, POOL_SIZE=2):
-        engine = pools.get("own")
-        await engine.execute("select 1")
-        own_postgres.freeze()
-        running = asyncio.create_task(engine.execute("select 1"))
-        await until(lambda: engine.status()["in_use"] == 1)
-        async with asyncio.timeout(3):
-            await engine.close()
-        with pytest.raises(InterfaceError, match="closed"):
-            await running
-        own_postgres.thaw()
+    with _settings("default", {**connections.settings["default"], "CONN_HEALTH_CHECKS": True}):
+        async with opened(ENGINES={"default": "threads"}, POOL_SIZE=1):
+            before = await _pid()
+            assert await _pid() == before
+            [connection] = [cast("Any", it) for it in pools.get("default")._made]  # type: ignore[attr-defined]
+            connection.wrapper.is_usable = lambda: False
+            assert await _pid() != before
+            assert pools.status()["default"]["free"] == 1
 
 
 async def _pid() -> int:
@@ -346,12 +349,12 @@ async def test_a_statement_is_cancelled_on_the_server(database: None, watcher: W
 
 @pytest.mark.gen_test
 async def test_what_cannot_be_cancelled_holds_its_connection_until_it_ends(
-    sqlite: None, blocker: threading.Event
+    sqlite: None, blocker: Blocker
 ) -> None:
     async with opened(POOL_SIZE=1, POOL_TIMEOUT=5):
         engine = pools.get("sqlite")
         running = asyncio.create_task(engine.execute("select block()"))
-        await until(lambda: engine.status()["in_use"] == 1)
+        await until(blocker.began.is_set)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
@@ -364,7 +367,7 @@ async def test_what_cannot_be_cancelled_holds_its_connection_until_it_ends(
 
 @pytest.mark.gen_test
 async def test_a_statement_cancelled_while_it_connects_is_not_sent(
-    sqlite: None, blocker: threading.Event
+    sqlite: None, blocker: Blocker
 ) -> None:
     entered = threading.Event()
 
@@ -389,7 +392,7 @@ async def test_a_statement_cancelled_while_it_connects_is_not_sent(
 
 @pytest.mark.gen_test
 async def test_a_write_is_not_interrupted_in_a_transaction_of_sqlites(
-    sqlite: None, blocker: threading.Event
+    sqlite: None, blocker: Blocker
 ) -> None:
     async with opened(POOL_SIZE=1):
         async with pools.get("sqlite").leased() as lease:
@@ -398,7 +401,7 @@ async def test_a_write_is_not_interrupted_in_a_transaction_of_sqlites(
             running = asyncio.create_task(
                 lease.execute("insert into app_blog (name) select 'x' where block()")
             )
-            await asyncio.sleep(0.05)
+            await until(blocker.began.is_set)
             running.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await running
@@ -414,7 +417,7 @@ async def test_a_write_is_not_interrupted_in_a_transaction_of_sqlites(
 
 @pytest.mark.gen_test
 async def test_a_transaction_whose_cancelled_statement_does_not_end_is_given_up(
-    sqlite: None, blocker: threading.Event, monkeypatch: pytest.MonkeyPatch
+    sqlite: None, blocker: Blocker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "CANCEL_TIMEOUT", 0.1)
     async with opened(POOL_SIZE=1):
@@ -422,7 +425,7 @@ async def test_a_transaction_whose_cancelled_statement_does_not_end_is_given_up(
         lease = await engine.begin()
         await lease.execute(INSERT, ["never"])
         running = asyncio.create_task(lease.execute("select block()"))
-        await asyncio.sleep(0.05)
+        await until(blocker.began.is_set)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
@@ -439,22 +442,57 @@ async def test_a_transaction_whose_cancelled_statement_does_not_end_is_given_up(
 
 @pytest.mark.gen_test
 async def test_closing_does_not_wait_for_what_does_not_end(
-    sqlite: None, blocker: threading.Event, monkeypatch: pytest.MonkeyPatch
+    sqlite: None, blocker: Blocker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "CANCEL_TIMEOUT", 0.1)
     async with opened(POOL_SIZE=1):
         engine = pools.get("sqlite")
         running = asyncio.create_task(engine.execute("select block()"))
-        await until(lambda: engine.status()["in_use"] == 1)
-        await asyncio.sleep(0.05)
+        await until(blocker.began.is_set)
         threads = threads_of("sqlite")
         await engine.close()
-        with pytest.raises(InterfaceError, match="closed"):
+        with pytest.raises(OperationalError, match="given up"):
             await running
     blocker.set()
     for thread in threads:
         await asyncio.to_thread(thread.join, 5)
     assert threads_of("sqlite") == set()
+
+
+@pytest.mark.gen_test
+async def test_a_database_in_memory_outlives_what_does_not_end(
+    database: None, blocker: Blocker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "CANCEL_TIMEOUT", 0.1)
+    with _settings("sqlite", {**connections.settings["sqlite"], "NAME": ":memory:"}):
+        async with opened():
+            engine = pools.get("sqlite")
+            await engine.execute("create table one (id integer)")
+            lease = await engine.begin()
+            await lease.execute("insert into one values (1)")
+            running = asyncio.create_task(lease.execute("select block()"))
+            await until(blocker.began.is_set)
+            running.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running
+            with pytest.raises(OperationalError, match="did not end"):
+                await lease.execute("select 1")
+            await lease.rollback()
+            blocker.set()
+            assert (await engine.execute("select count(*) from one")).rows == [(0,)]
+
+
+@pytest.mark.gen_test
+async def test_a_commit_that_sqlite_refuses_leaves_the_connection(sqlite: None) -> None:
+    async with opened(POOL_SIZE=1):
+        engine = pools.get("sqlite")
+        lease = await engine.begin()
+        await lease.execute("insert into app_entry_authors (entry_id, author_id) values (99, 99)")
+        with pytest.raises(IntegrityError):
+            await lease.commit()
+        assert engine.status()["free"] == 1
+        rows = await engine.execute("select count(*) from app_entry_authors")
+        assert rows.rows == [(0,)]
 
 
 # SQLite
@@ -595,7 +633,7 @@ def test_a_collected_transaction_of_a_loop_that_is_gone_is_left_alone(sqlite: No
 
     lease: Any = asyncio.run(begin())
     lease.abandon()
-    connection: Any = engine._made[0]
+    [connection] = [cast("Any", it) for it in engine._made]
     done = threading.Event()
     connection._thread._calls.put(_then(connection.wrapper.connection.close, done))
     assert done.wait(5)

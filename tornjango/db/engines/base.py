@@ -14,6 +14,9 @@ from tornjango.db.engines.notices import Listener
 #: How long a cancelled statement may take to end, in seconds, before its connection is given up.
 CANCEL_TIMEOUT = 5.0
 
+#: How long connecting may take, in seconds, where OPTIONS does not say; libpq itself would wait for ever.
+CONNECT_TIMEOUT = 10.0
+
 
 class Result(NamedTuple):
     """What a statement gave."""

@@ -88,16 +88,12 @@ def begin(wrapper: Any) -> None:
 def commit(wrapper: Any, cursors: Iterable[Any]) -> None:
     """Afterwards the connection is in autocommit again; raises what kept the transaction from being committed."""
     close_cursors(wrapper, cursors)
-    check_transaction(wrapper)
     try:
+        check_transaction(wrapper)
         wrapper.commit()
-    except Error as exc:
-        if not _is_closed(wrapper):
-            raise
-        raise OperationalError(
-            f"The connection to database {wrapper.alias!r} was lost during COMMIT: whether the transaction "
-            "was committed is unknown. Look for what it wrote before it is done again."
-        ) from exc
+    except Error:
+        reset(wrapper, ())
+        raise
     # Committed it is, whatever becomes of the connection.
     _set_autocommit(wrapper)
 
@@ -134,7 +130,7 @@ def close(wrapper: Any) -> None:
 
 def check_transaction(wrapper: Any) -> None:
     """Raises OperationalError when the transaction is lost: the next statement would not be in it."""
-    if _is_closed(wrapper):
+    if is_closed(wrapper):
         raise OperationalError(
             f"The connection to database {wrapper.alias!r} was lost in a transaction, and with it all that was "
             "done there. Begin again from its start."
@@ -147,11 +143,6 @@ def check_transaction(wrapper: Any) -> None:
         )
 
 
-def is_aborted(wrapper: Any) -> bool:
-    """Whether PostgreSQL would refuse all but a rollback."""
-    return _is_closed(wrapper) or _status(wrapper) == IN_ERROR
-
-
 def _set_autocommit(wrapper: Any) -> None:
     """As good as new, or closed."""
     try:
@@ -160,14 +151,14 @@ def _set_autocommit(wrapper: Any) -> None:
         close(wrapper)
 
 
-def _is_closed(wrapper: Any) -> bool:
+def is_closed(wrapper: Any) -> bool:
     """As psycopg tells; other drivers' statements say so themselves, each time."""
     return wrapper.connection is None or bool(getattr(wrapper.connection, "closed", False))
 
 
 def _end_transaction(wrapper: Any) -> bool:
     """Whether there was one to roll back, in autocommit."""
-    if not _in_transaction(wrapper):
+    if not in_transaction(wrapper):
         return False
     try:
         # The driver's own rollback does nothing in autocommit.
@@ -178,16 +169,16 @@ def _end_transaction(wrapper: Any) -> bool:
     return True
 
 
-def _in_transaction(wrapper: Any) -> bool:
+def in_transaction(wrapper: Any) -> bool:
     raw = wrapper.connection
     # sqlite3's, and oracledb's
     for name in ("in_transaction", "transaction_in_progress"):
         if (value := getattr(raw, name, None)) is not None:
             return bool(value)
-    return _status(wrapper) in (IN_TRANSACTION, IN_ERROR)
+    return transaction_status(wrapper) in (IN_TRANSACTION, IN_ERROR)
 
 
-def _status(wrapper: Any) -> int:
+def transaction_status(wrapper: Any) -> int:
     status: int = getattr(getattr(wrapper.connection, "info", None), "transaction_status", 0)
     return status
 

@@ -5,9 +5,8 @@ import contextlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-from django.db.backends.postgresql.psycopg_any import IsolationLevel
 from django.db.utils import Error, InterfaceError, OperationalError
 
 from tornjango import green
@@ -16,11 +15,13 @@ from tornjango.db.engines import base
 from tornjango.db.engines.base import Result
 from tornjango.db.engines.stream import CursorLease
 
+T = TypeVar("T")
+
 _background: set[asyncio.Task[None]] = set()
 
 
 class Connection(ABC):
-    """A driver's connection to PostgreSQL, as a lease uses it. Errors are the driver's."""
+    """A driver's connection, as a lease uses it. Errors are the driver's, or Django's. What is not overridden is PostgreSQL's."""
 
     #: The one that runs, or ran last.
     statement: asyncio.Future[Any] | None = None
@@ -53,6 +54,21 @@ class Connection(ABC):
     def start(self, sql: str, params: Params) -> asyncio.Future[Any]:
         """Sends a statement. The future is done when the statement has ended; whoever waits must not cancel it."""
 
+    def begin(self, wrapper: Any) -> asyncio.Future[Any]:
+        """A transaction, as `start` does it."""
+        return self.start(begin_sql(wrapper), None)
+
+    def commit(self) -> asyncio.Future[Any]:
+        return self.start("COMMIT", None)
+
+    async def roll_back(self) -> None:
+        """When no statement runs."""
+        if self.in_transaction:
+            await asyncio.shield(self.start("ROLLBACK", None))
+
+    def hurry(self) -> None:  # noqa: B027
+        """The transaction is to be rolled back: a statement need not be spared for its sake."""
+
     def outcome(self, statement: asyncio.Future[Any]) -> Awaitable[Any]:
         """The statement's, for who may be cancelled while he waits."""
         return asyncio.shield(statement)
@@ -73,7 +89,7 @@ class Connection(ABC):
         """Closes at once. A statement that is under way fails with an OperationalError."""
 
     @abstractmethod
-    def mogrify(self, sql: str, params: Params) -> bytes: ...
+    async def mogrify(self, sql: str, params: Params) -> bytes: ...
 
 
 class PoolLease(CursorLease):
@@ -106,7 +122,7 @@ class PoolLease(CursorLease):
         lease = cls(wrapper, connection, release)
         try:
             with wrapper.wrap_database_errors:
-                await lease._run(begin_sql(wrapper), None)
+                await lease._wait(connection.begin(wrapper))
         except BaseException:
             lease.abandon()
             raise
@@ -122,13 +138,13 @@ class PoolLease(CursorLease):
             self._check()
             if not self._connection.in_transaction:
                 # A statement of the owner's ended it. The next one begins another, as Django's drivers do.
-                await self._run(begin_sql(self._wrapper), None)
+                await self._wait(self._connection.begin(self._wrapper))
             return await self._run(sql, params)
 
     async def mogrify(self, sql: str, params: Params) -> bytes:
         with self._wrapper.wrap_database_errors:
             self._check()
-            return self._connection.mogrify(sql, params)
+            return await self._connection.mogrify(sql, params)
 
     async def context(self) -> Any:
         self._check()
@@ -187,13 +203,17 @@ class PoolLease(CursorLease):
             await asyncio.shield(self._stopping)
 
     async def _run(self, sql: str, params: Params) -> Result:
-        statement = self._statement = self._connection.start(sql, params)
+        outcome = await self._wait(self._connection.start(sql, params))
+        return await self._connection.result(outcome)
+
+    async def _wait(self, statement: asyncio.Future[T]) -> T:
+        """Cancelled, it has the statement stopped in the background."""
+        self._statement = statement
         try:
-            outcome = await asyncio.shield(statement)
+            return await asyncio.shield(statement)
         except asyncio.CancelledError:
             self._stopping = self._spawn(lambda: self._connection.stop(statement))
             raise
-        return await self._connection.result(outcome)
 
     async def _commit(self) -> None:
         try:
@@ -207,7 +227,7 @@ class PoolLease(CursorLease):
     async def _send_commit(self) -> None:
         try:
             with self._wrapper.wrap_database_errors:
-                self._statement = self._connection.start("COMMIT", None)
+                self._statement = self._connection.commit()
                 await asyncio.shield(self._statement)
         except Error as exc:
             if not self._connection.lost:
@@ -232,11 +252,12 @@ class PoolLease(CursorLease):
         try:
             async with asyncio.timeout(base.CANCEL_TIMEOUT):
                 with self._wrapper.wrap_database_errors:
+                    connection.hurry()
                     await self._settle()
                     if self._statement is not None and not self._statement.done():
                         await connection.stop(self._statement)
-                    if not connection.lost and connection.in_transaction:
-                        await asyncio.shield(connection.start("ROLLBACK", None))
+                    if not connection.lost:
+                        await connection.roll_back()
         except (TimeoutError, Error):
             # The server rolls back what a lost connection has begun.
             connection.discard()
@@ -252,6 +273,9 @@ class PoolLease(CursorLease):
 
 def begin_sql(wrapper: Any) -> str:
     """With the isolation level that the settings say: Django has one for transactions only, not for autocommit."""
+    # There is no such module without a driver for PostgreSQL.
+    from django.db.backends.postgresql.psycopg_any import IsolationLevel
+
     level = wrapper.settings_dict["OPTIONS"].get("isolation_level")
     if level is None:
         return "BEGIN"

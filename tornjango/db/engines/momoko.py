@@ -312,7 +312,7 @@ class Connection(momoko.Connection, lease.Connection):  # type: ignore[misc]
             # Looked at, for it may be that nobody waits.
             self.statement.exception()
 
-    def mogrify(self, sql: str, params: Params) -> bytes:
+    async def mogrify(self, sql: str, params: Params) -> bytes:
         sent: bytes = self.connection.cursor().mogrify(sql, params)
         return sent
 

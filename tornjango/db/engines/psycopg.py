@@ -184,7 +184,7 @@ class Connection(lease.Connection):
     def discard(self) -> None:
         self.link.close()
 
-    def mogrify(self, sql: str, params: Params) -> bytes:
+    async def mogrify(self, sql: str, params: Params) -> bytes:
         return self._values.mogrify(sql, params)
 
     async def _execute(self, sql: str, params: Params) -> Result:

@@ -11,12 +11,10 @@ from django.apps import apps
 from django.db.backends.postgresql.psycopg_any import IsolationLevel
 from django.db.backends.signals import connection_created
 
+from tornjango.db.engines import base
 from tornjango.exceptions import ConfigurationError
 
 logger = logging.getLogger("tornjango.db")
-
-# In seconds, where OPTIONS has none of its own; libpq itself would wait for ever.
-CONNECT_TIMEOUT = 10.0
 
 EXTENSION_TYPES = "SELECT typname, oid, typarray FROM pg_type WHERE typname IN ('hstore', 'citext')"
 
@@ -28,7 +26,7 @@ class Session:
         options = wrapper.settings_dict["OPTIONS"]
         self.wrapper = wrapper
         self.role = options.get("assume_role")
-        self.connect_timeout = float(options.get("connect_timeout") or CONNECT_TIMEOUT)
+        self.connect_timeout = float(options.get("connect_timeout") or base.CONNECT_TIMEOUT)
         _check_isolation_level(wrapper.alias, options.get("isolation_level"))
         _warn_of_receivers(wrapper)
 
