@@ -5,6 +5,7 @@ import contextvars
 import gc
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +15,13 @@ from django.utils import translation
 from tornjango import green
 
 colour: contextvars.ContextVar[str] = contextvars.ContextVar("colour", default="none")
+
+
+@pytest.fixture(autouse=True)
+def _serving() -> Iterator[None]:
+    green.serve()
+    yield
+    green.stop_serving()
 
 
 def _inside() -> tuple[bool, bool, int]:
@@ -306,3 +314,21 @@ async def test_a_lock_is_its_owners_to_take_again() -> None:
         order.append("outer")
     await task
     assert order == ["inner", "outer", "other"]
+
+
+@pytest.mark.gen_test
+async def test_where_nothing_is_served_it_runs_in_a_thread() -> None:
+    green.stop_serving()
+    active, has_loop, thread = await green.run(_inside)
+    assert (active, has_loop, thread == threading.get_ident()) == (False, False, False)
+
+
+@pytest.mark.gen_test
+async def test_another_loop_than_the_servers_is_not_served() -> None:
+    other = asyncio.new_event_loop()
+    green.serve(other)
+    assert not green.is_served()
+    assert (await green.run(_inside))[2] != threading.get_ident()
+    green.serve(asyncio.get_running_loop())
+    assert await green.run(_inside) == (True, False, threading.get_ident())
+    other.close()

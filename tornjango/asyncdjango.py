@@ -8,7 +8,6 @@ else's ``sync_to_async`` changes: what a project wraps by itself still has a thr
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import functools
 import importlib
 import inspect
@@ -112,36 +111,6 @@ class Replacement(NamedTuple):
 
 _replaced: list[Replacement] = []
 
-#: The loop that the pools are for; None while nobody has said.
-_home: asyncio.AbstractEventLoop | None = None
-
-
-@green.unreported
-async def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """Sync code that does nothing that blocks but to query: on the loop in a process that tornjango serves.
-
-    In any other, in a thread, with Django's own connection of the caller.
-    """
-    if runs_green():
-        return await green.run(fn, *args, **kwargs)
-    return await asgiref.sync.sync_to_async(fn)(*args, **kwargs)
-
-
-def runs_green() -> bool:
-    """Whether the caller's queries are for the pools.
-
-    Not while sync code in a thread waits for it, by ``async_to_sync``, in a transaction on Django's own connection: then
-    they are for that. Nor on another event loop than the server's, in a test beside it, say.
-    """
-    if not _replaced or _in_threads_transaction.get():
-        return False
-    return _home is None or asyncio._get_running_loop() in (None, _home)
-
-
-_in_threads_transaction: contextvars.ContextVar[bool] = contextvars.ContextVar(
-    "tornjango.asyncdjango", default=False
-)
-
 
 def install() -> None:
     """Until `uninstall`, Django's own ``a``-prefixed methods run green, ``async_to_sync`` waits in green code, and what
@@ -160,15 +129,7 @@ def install() -> None:
     blocking.forget()
 
 
-def serve_on(loop: asyncio.AbstractEventLoop) -> None:
-    """From now on until `uninstall`, async code on any other loop uses Django's own connections, in threads."""
-    global _home
-    _home = loop
-
-
 def uninstall() -> None:
-    global _home
-    _home = None
     while _replaced:
         owner, name, before = _replaced.pop()
         setattr(owner, name, before)
@@ -191,7 +152,7 @@ def _install_twin(twin: Twin) -> None:
     @functools.wraps(before)
     @green.unreported
     async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return await run(of, self, *args, **kwargs)
+        return await green.run(of, self, *args, **kwargs)
 
     _replace(owner, twin.name, call)
 
@@ -211,7 +172,7 @@ def _sync_to_async(
     **options: Any,
 ) -> Callable[..., Coroutine[Any, Any, Any]]:
     if thread_sensitive and is_known(fn):
-        return functools.partial(run, fn)
+        return functools.partial(green.run, fn)
     return asgiref.sync.sync_to_async(fn, thread_sensitive=thread_sensitive, **options)
 
 
@@ -224,7 +185,7 @@ def _receivers_to_async(fn: Function) -> Callable[..., Coroutine[Any, Any, Any]]
 
     async def call(*args: Any) -> Any:
         with green.lent(senders):
-            return await run(fn, *args)
+            return await green.run(fn, *args)
 
     return call
 
@@ -239,10 +200,10 @@ def _async_to_sync(before: Function) -> Function:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if green.active():
             return green.wait(self.awaitable(*args, **kwargs))
-        token = _in_threads_transaction.set(_in_transaction())
+        token = green.in_threads_transaction.set(_in_transaction())
         try:
             return before(self, *args, **kwargs)
         finally:
-            _in_threads_transaction.reset(token)
+            green.in_threads_transaction.reset(token)
 
     return call

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, TypeVar
 
-from tornjango import asyncdjango
+from tornjango import green
 
 Saved = TypeVar("Saved", covariant=True)
 
@@ -22,7 +22,7 @@ async def is_valid(form: Validated) -> bool:
 
     What the form's own ``clean`` methods do, they do on the event loop: they may query, and must not block otherwise.
     """
-    return await asyncdjango.run(form.is_valid)
+    return await green.run(form.is_valid)
 
 
 async def save(form: Savable[Saved], *args: Any, **kwargs: Any) -> Saved:
@@ -31,4 +31,4 @@ async def save(form: Savable[Saved], *args: Any, **kwargs: Any) -> Saved:
     What the view has to add to a ModelForm it sets on ``form.instance`` before. As in Django, many-to-many relations
     take queries of their own: ``async with db.atomic()`` makes it all or nothing.
     """
-    return await asyncdjango.run(form.save, *args, **kwargs)
+    return await green.run(form.save, *args, **kwargs)

@@ -19,7 +19,7 @@ from django.http.response import HttpResponseBase
 from django.urls import ResolverMatch
 from django.utils.deprecation import MiddlewareMixin
 
-from tornjango import asyncdjango
+from tornjango import green
 from tornjango.requests import PARSED_ON_THE_LOOP
 from tornjango.views import AsyncView, View, adapt
 
@@ -109,7 +109,7 @@ def on_loop(hook: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
         return sync_to_async(hook)
 
     async def call(*args: Any) -> Any:
-        return await asyncdjango.run(hook, *args) if waits(*args) else hook(*args)
+        return await green.run(hook, *args) if waits(*args) else hook(*args)
 
     return call
 

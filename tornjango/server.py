@@ -20,7 +20,7 @@ from tornado.httputil import HTTPInputError
 from tornado.iostream import IOStream
 from tornado.netutil import bind_sockets
 
-from tornjango import asyncdjango, comet
+from tornjango import comet, green
 from tornjango.application import Application
 from tornjango.conf import Config, get_config
 
@@ -126,7 +126,7 @@ class Server:
         """Returns when ``stop`` was called and everything is closed."""
         self._loop = asyncio.get_running_loop()
         self.application.workers.install(self._loop)
-        asyncdjango.serve_on(self._loop)
+        green.serve(self._loop)
         http = ConnectionServer(self.application, self.config)
         http.add_sockets(self.sockets)
         try:

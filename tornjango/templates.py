@@ -26,7 +26,7 @@ from django.utils import formats, timezone, translation
 from django.utils.autoreload import is_django_path
 from django.utils.translation import check_for_language
 
-from tornjango import asyncdjango, db
+from tornjango import db, green
 from tornjango.db.connection import in_transaction
 from tornjango.templating import files, loader
 from tornjango.templating.problems import TemplateProblem
@@ -53,7 +53,7 @@ async def arender(
     values = {**(context or {})}
     await _fetch([*querysets(values).values()])
     _take_known_user(request)
-    return await asyncdjango.run(render, template_name, values, request, using=using)
+    return await green.run(render, template_name, values, request, using=using)
 
 
 async def _fetch(querysets: list[Any]) -> None:

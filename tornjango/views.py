@@ -20,11 +20,12 @@ from django.http.response import HttpResponseBase
 from django.template.response import SimpleTemplateResponse
 from django.utils.log import log_response
 
-from tornjango import asyncdjango, responses, templates
+from tornjango import responses, templates
 from tornjango.conf import get_config
 from tornjango.db.atomic import shared_atomic
 from tornjango.exceptions import Overloaded
 from tornjango.green import adopt
+from tornjango.green import run as run_green
 from tornjango.responses import DeferredResponse
 
 logger = logging.getLogger("tornjango.views")
@@ -150,7 +151,7 @@ def _sync(view: View, aliases: Collection[str]) -> AsyncView:
         return sync_to_async(whole)
 
     async def call(*args: Any, **kwargs: Any) -> HttpResponseBase:
-        return _rendered_green(await asyncdjango.run(whole, *args, **kwargs))
+        return _rendered_green(await run_green(whole, *args, **kwargs))
 
     return call
 
@@ -163,7 +164,7 @@ def _rendered_green(response: Any) -> HttpResponseBase:
 
     async def arender() -> SimpleTemplateResponse:
         del response.render  # it may be pickled, for a cache
-        return await asyncdjango.run(render)
+        return await run_green(render)
 
     response.render = arender  # type: ignore[method-assign,assignment]
     return response
@@ -185,7 +186,7 @@ def _in_transactions(view: AsyncView, aliases: Collection[str]) -> AsyncView:
             response = await view(*args, **kwargs)
             if isinstance(response, _TimedOut):
                 for alias in aliases:
-                    await asyncdjango.run(transaction.set_rollback, True, using=alias)
+                    await run_green(transaction.set_rollback, True, using=alias)
             return response
 
     return call

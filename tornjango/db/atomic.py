@@ -12,7 +12,7 @@ from django.db import connections
 from django.db.transaction import Atomic
 from django.db.utils import DEFAULT_DB_ALIAS
 
-from tornjango import asyncdjango, green
+from tornjango import green
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -42,14 +42,14 @@ class atomic:
         self._atomic, self._entered = Atomic(*self._options), False
         self._loan: _Loan | None = None
         try:
-            await asyncdjango.run(self._begin)
-            if not asyncdjango.runs_green() and _here(self._wrapper.alias) is not self._wrapper:
+            await green.run(self._begin)
+            if not green.is_served() and _here(self._wrapper.alias) is not self._wrapper:
                 self._loan = _Loan(self._wrapper)
         except BaseException as exc:
             try:
                 if self._entered:
                     # Cancelled, but a savepoint was made to its end.
-                    await asyncdjango.run(self._atomic.__exit__, type(exc), exc, exc.__traceback__)
+                    await green.run(self._atomic.__exit__, type(exc), exc, exc.__traceback__)
             finally:
                 await self._leave_scope()
             raise
@@ -68,7 +68,7 @@ class atomic:
         if self._loan is not None:
             self._loan.end()
         try:
-            await asyncdjango.run(self._atomic.__exit__, exc_type, exc, traceback)
+            await green.run(self._atomic.__exit__, exc_type, exc, traceback)
         finally:
             await self._leave_scope()
 

@@ -26,7 +26,7 @@ from django.db.utils import Error, InterfaceError, NotSupportedError, Programmin
 from django.utils.asyncio import async_unsafe
 from django.utils.functional import cached_property
 
-from tornjango import asyncdjango, green
+from tornjango import green
 from tornjango.db.compiler import Params, Row
 from tornjango.db.engines.base import CANCEL_TIMEOUT, Engine, Lease, Result, Stream
 
@@ -590,7 +590,7 @@ class Connections:
     def __getattr__(self, alias: str) -> Any:
         if green.active():
             return self._of_scope(alias)
-        if asyncio._get_running_loop() is None or not asyncdjango.runs_green():
+        if asyncio._get_running_loop() is None or not green.is_served():
             return getattr(self._threads, alias)
         scope = green.current()
         if scope is not None and alias in scope.resources and scope.admits(asyncio.current_task()):
@@ -653,7 +653,7 @@ def transaction(alias: str) -> PoolConnection | InTurn | None:
     Raises TransactionManagementError when the transaction around the caller is another task's.
     """
     scope = green.current()
-    if scope is None or not asyncdjango.runs_green():
+    if scope is None or not green.is_served():
         return None
     if not scope.admits(asyncio.current_task()):
         _refuse(scope, alias)

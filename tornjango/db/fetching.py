@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 from django.core.exceptions import SynchronousOnlyOperation
 from django.db import connections
 
-from tornjango import asyncdjango, green
+from tornjango import green
 from tornjango.db import connection, pools
 from tornjango.db.compiler import AnyQuerySet, Compiled, Params, compile, unevaluated
 from tornjango.db.connection import InTurn, PoolConnection
@@ -45,7 +45,7 @@ async def execute(alias: str, sql: str, params: Params) -> Result:
         watched = (
             isinstance(target, Engine)
             and target.wrapper.queries_logged
-            and asyncdjango.runs_green()
+            and green.is_served()
         )
     else:
         watched = wrapper.queries_logged or wrapper.execute_wrappers
@@ -57,8 +57,8 @@ async def execute(alias: str, sql: str, params: Params) -> Result:
 async def fetch(queryset: AnyQuerySet, alias: str) -> list[Any]:
     """What ``list(queryset)`` would give. The queryset itself is left as it was."""
     state: Any = queryset
-    if not asyncdjango.runs_green():
-        return await asyncdjango.run(_evaluate, unevaluated(queryset, alias))
+    if not green.is_served():
+        return await green.run(_evaluate, unevaluated(queryset, alias))
     if state._result_cache is None:
         objects = await _objects(queryset, alias)
     else:
@@ -76,7 +76,7 @@ async def hydrate(compiled: Compiled, result: Result) -> list[Any]:
     try:
         return await _in_slices(compiled.objects(result.rows, result.columns))
     except SynchronousOnlyOperation:
-        return await asyncdjango.run(compiled.hydrate, result.rows, result.columns)
+        return await green.run(compiled.hydrate, result.rows, result.columns)
 
 
 async def _objects(queryset: AnyQuerySet, alias: str) -> list[Any]:
@@ -115,4 +115,4 @@ async def here_or_green(fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -
     try:
         return fn(*args, **kwargs)
     except SynchronousOnlyOperation:
-        return await asyncdjango.run(fn, *args, **kwargs)
+        return await green.run(fn, *args, **kwargs)

@@ -7,7 +7,7 @@ from typing import Any
 from django.db import connections
 from django.utils.version import get_version_tuple
 
-from tornjango import asyncdjango
+from tornjango import asyncdjango, green
 from tornjango.conf import Config, get_config
 from tornjango.db import connection
 from tornjango.db.engines.base import Engine
@@ -42,6 +42,7 @@ def open(config: Config | None = None) -> None:
     engines = {alias: _make(alias, config) for alias in connections}
     connection.install(engines)
     asyncdjango.install()
+    green.serve()
     _engines = engines
 
 
@@ -55,6 +56,7 @@ async def close() -> None:
     global _engines
     engines, _engines = _engines, None
     if engines is not None:
+        green.stop_serving()
         asyncdjango.uninstall()
         connection.uninstall()
     await asyncio.gather(*(engine.close() for engine in (engines or {}).values()))
@@ -69,7 +71,7 @@ def get(alias: str) -> Engine:
 
     Raises Django's ConnectionDoesNotExist for an alias that DATABASES has not.
     """
-    engines = _engines if _engines is not None and asyncdjango.runs_green() else _plain
+    engines = _engines if _engines is not None and green.is_served() else _plain
     engine = engines.get(alias)
     if engine is not None:
         return engine

@@ -19,7 +19,7 @@ from django.db.models.query import (
     prefetch_one_level,
 )
 
-from tornjango import asyncdjango
+from tornjango import green
 from tornjango.db import connection
 
 #: Queries that one call has under way at one time: others want connections, too.
@@ -31,8 +31,8 @@ async def prefetch(objects: Sequence[Any], lookups: Sequence[Any]) -> None:
 
     Raises what Django raises for the first lookup that cannot be followed.
     """
-    if not asyncdjango.runs_green() or connection.in_transaction():
-        await asyncdjango.run(prefetch_related_objects, objects, *lookups)
+    if not green.is_served() or connection.in_transaction():
+        await green.run(prefetch_related_objects, objects, *lookups)
     elif objects:
         await _Prefetching(objects).level(objects, normalize_prefetch_lookups(lookups), 0)
 
@@ -73,7 +73,7 @@ class _Prefetching:
 
     async def step(self, objects: Sequence[Any], lookup: Prefetch[Any], level: int) -> _Step:
         async with self.turns:
-            return await asyncdjango.run(_step, self.roots, objects, lookup, level)
+            return await green.run(_step, self.roots, objects, lookup, level)
 
     async def again(
         self, objects: Sequence[Any], lookup: Prefetch[Any], level: int, queried: bool

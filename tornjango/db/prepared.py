@@ -28,7 +28,7 @@ from django.db.models.deletion import Collector
 from django.db.models.query import RawQuerySet
 from django.utils import timezone
 
-from tornjango import asyncdjango
+from tornjango import green
 from tornjango.db import connection, fetching, pools
 from tornjango.db.compiler import Compiled, Params, compile
 from tornjango.db.engines.base import Engine, Result
@@ -334,7 +334,7 @@ class Prepared(Generic[P, T]):
         if operation is LIST:
             queryset = await fetching.here_or_green(self._queryset, values)
             return await fetching.fetch(queryset, queryset.db)
-        return await asyncdjango.run(lambda: operation.run(self._queryset(values), options or {}))
+        return await green.run(lambda: operation.run(self._queryset(values), options or {}))
 
     # Arguments
 
@@ -559,7 +559,7 @@ def _target(alias: str) -> Target:
     engine = pools.get(alias)
     wrapper = _wrappers.get(engine)
     if wrapper is None:
-        wrapper = connection.make(engine) if asyncdjango.runs_green() else engine.wrapper
+        wrapper = connection.make(engine) if green.is_served() else engine.wrapper
         _wrappers[engine] = wrapper
     return Target(alias, wrapper)
 

@@ -12,7 +12,7 @@ from django.db import connections, transaction
 from django.db.models.query import RawQuerySet
 from django.db.transaction import TransactionManagementError
 
-from tornjango import asyncdjango, green
+from tornjango import green
 from tornjango.db import connection, fetching
 from tornjango.db.compiler import AnyQuerySet, Params, compile, unevaluated
 from tornjango.db.connection import InTurn
@@ -24,7 +24,7 @@ async def stream(queryset: AnyQuerySet, alias: str, chunk_size: int) -> AsyncGen
     """The objects of a queryset; ``chunk_size`` rows are in memory at one time."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be 1 or more, not {chunk_size!r}.")
-    if not asyncdjango.runs_green():
+    if not green.is_served():
         chunks = _by_django(queryset, alias, chunk_size)
     elif connection.transaction(alias):
         chunks = _in_transaction(queryset, alias, chunk_size)
@@ -97,12 +97,12 @@ async def _by_django(
     """Over the caller's own connection, in a process that tornjango does not serve."""
     objects = _iterator(unevaluated(queryset, alias), chunk_size)
     try:
-        while chunk := await asyncdjango.run(_take, objects, chunk_size):
+        while chunk := await green.run(_take, objects, chunk_size):
             if isinstance(queryset, RawQuerySet):
                 await _prefetch(queryset, chunk)
             yield chunk
     finally:
-        await asyncdjango.run(objects.close)
+        await green.run(objects.close)
 
 
 class _Held:
