@@ -17,8 +17,9 @@ import threading
 from asyncio.events import _set_running_loop
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial, wraps
-from typing import Any, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
+from asgiref.sync import sync_to_async
 from django.views.decorators.debug import coroutine_functions_to_sensitive_variables
 from greenlet import GreenletExit, getcurrent, greenlet
 
@@ -192,6 +193,7 @@ class _Green(greenlet):
     fn: Callable[..., Any] | None
     args: Any
     kwargs: Any
+    result: Any
     error: BaseException | None  # type: ignore[assignment]
     idle: bool
     #: How many `shielded` blocks it is in, and what the innermost one says of time.
@@ -202,17 +204,16 @@ class _Green(greenlet):
 
     def run(self) -> None:
         while True:
-            result = None
             try:
                 # Not in variables of their own: error reports would show the arguments, passwords among them.
-                result = self.fn(*self.args, **self.kwargs)  # type: ignore[misc]
+                self.result = self.fn(*self.args, **self.kwargs)  # type: ignore[misc]
             except GreenletExit:
                 raise
             except BaseException as exc:  # noqa: BLE001 - raised where the call is awaited
                 self.error = exc
             self.idle = True
             self.fn = self.args = self.kwargs = None
-            self.driver.switch(result)
+            self.driver.switch()
 
 
 class _Idle(threading.local):
@@ -236,7 +237,7 @@ def active() -> bool:
 def wait(awaitable: Awaitable[T]) -> T:
     """What awaiting gives, or raises, for sync code that `run` runs; other tasks run meanwhile.
 
-    Raises ``CancelledError`` when the task is cancelled, and RuntimeError outside of `run`.
+    Raises ``CancelledError`` when the task is cancelled, and RuntimeError where nothing is green: see `active`.
     """
     running = getcurrent()
     if not isinstance(running, _Green):
@@ -278,13 +279,54 @@ def unreported(fn: Callable[P, T]) -> Callable[P, T]:
     return fn
 
 
+class _Served(NamedTuple):
+    """What there is while the pools are open."""
+
+    #: The loop that they are for; None while nobody has said.
+    loop: asyncio.AbstractEventLoop | None = None
+
+
+_served: _Served | None = None
+
+#: Whether sync code in a thread waits for the caller, by ``async_to_sync``, in a transaction on Django's own connection.
+in_threads_transaction: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "tornjango.green.thread", default=False
+)
+
+
+def serve(loop: asyncio.AbstractEventLoop | None = None) -> None:
+    """From now on until `stop_serving` sync code runs green, on this loop, or on any where none is given."""
+    global _served
+    _served = _Served(loop)
+
+
+def stop_serving() -> None:
+    global _served
+    _served = None
+
+
+def is_served() -> bool:
+    """Whether the caller's sync code runs green, and its queries are for the pools.
+
+    Not in a process that tornjango does not serve, nor on another loop than the server's (in a test beside it, say); nor
+    for a thread that waits for it in a transaction of its own, for then they are for that.
+    """
+    if _served is None or in_threads_transaction.get():
+        return False
+    return _served.loop is None or asyncio._get_running_loop() in (None, _served.loop)
+
+
 @unreported
 async def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """``fn(*args, **kwargs)``, sync code, on the event loop: see the module's description.
 
     Calls within calls, and all those inside ``async with db.atomic()``, share their database connections; two that run
     at once never do. Cancelled, the code meets ``CancelledError`` where it waits.
+
+    Where tornjango does not serve (`is_served`) it runs in a thread, with Django's own connection of the caller.
     """
+    if not is_served():
+        return await sync_to_async(fn)(*args, **kwargs)
     task = asyncio.current_task()
     outer = current()
     if outer is not None and outer.admits(task):
@@ -313,7 +355,8 @@ async def _drive(scope: Scope | None, fn: Callable[..., T], args: Any, kwargs: A
     green.driver = driver
     green.scope = scope
     green.gr_context = driver.gr_context
-    green.fn, green.args, green.kwargs, green.error = fn, args, kwargs, None
+    green.fn, green.args, green.kwargs = fn, args, kwargs
+    green.result = green.error = None
     green.idle, green.shields, green.limit, green.cancelled = False, 0, None, None
     step: Callable[[Any], Any] = _start
     given: Any = green
@@ -332,8 +375,8 @@ async def _drive(scope: Scope | None, fn: Callable[..., T], args: Any, kwargs: A
         except BaseException as exc:  # noqa: BLE001 - the green code's own to handle
             step, given = green.throw, exc
         del result
-    error, green.error = green.error or green.cancelled, None
-    green.cancelled = None
+    result, error = green.result, green.error or green.cancelled
+    green.result = green.error = green.cancelled = None
     green.gr_context = None
     del green.driver, green.scope
     if len(_idle.greens) < KEPT:
