@@ -12,6 +12,7 @@ class Proxy:
     def __init__(self, port: int) -> None:
         self._server_port = port
         self._tasks: set[asyncio.Task[None]] = set()
+        self._ended = asyncio.Event()
         self._losing: bytes | None = None
         self._asked = False
 
@@ -27,8 +28,8 @@ class Proxy:
         trace: TracebackType | None,
     ) -> None:
         self._listener.close()
-        for task in self._tasks:
-            task.cancel()
+        # Not cancelled: asyncio's server would log it, and a writer might be left unclosed.
+        self._ended.set()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def lose_answer_to(self, part: bytes) -> None:
@@ -39,25 +40,26 @@ class Proxy:
         task = asyncio.current_task()
         assert task
         self._tasks.add(task)
+        await self._relay(reader, writer)
+        self._tasks.discard(task)
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._server_port)
-        both = [
+        works = [
             asyncio.ensure_future(self._forward(reader, server_writer, asks=True)),
             asyncio.ensure_future(self._forward(server_reader, writer, asks=False)),
+            asyncio.ensure_future(self._ended.wait()),
         ]
         try:
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        except asyncio.CancelledError:
-            # Not passed on: asyncio's server would log it.
-            pass
+            await asyncio.wait(works, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for one in both:
+            for one in works:
                 one.cancel()
-            await asyncio.gather(*both, return_exceptions=True)
+            await asyncio.gather(*works, return_exceptions=True)
             for end in (writer, server_writer):
                 end.close()
                 with suppress(OSError):
                     await end.wait_closed()
-            self._tasks.discard(task)
 
     async def _forward(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, asks: bool

@@ -208,3 +208,19 @@ async def test_a_closed_pool_closes_what_it_has_and_gets() -> None:
         assert connection.discarded
     with pytest.raises(InterfaceError, match="database 'x' is closed"):
         await pool.acquire()
+
+
+class Odd(Exception):
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__("odd")
+
+
+@pytest.mark.gen_test
+async def test_an_error_that_cannot_be_copied_is_told_all_the_same() -> None:
+    server = Server()
+    pool = make(server)
+    caller = asyncio.create_task(pool.acquire())
+    await server.tried()
+    server.attempts.pop(0).set_exception(Odd(1, 2))
+    with pytest.raises(Odd, match="odd"):
+        await caller

@@ -190,7 +190,11 @@ class Pool(Generic[C]):
 
     def _copy(self, exc: Exception) -> Exception:
         """Each caller adds a traceback of its own to what it raises."""
-        copy = type(exc)(*exc.args)
+        try:
+            copy = type(exc)(*exc.args)
+        except TypeError:
+            # Of a class that is made of something else: a receiver of connection_created may raise anything.
+            return exc
         copy.__cause__ = exc.__cause__
         return copy
 
