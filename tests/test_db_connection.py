@@ -29,7 +29,7 @@ from tests.database import Watcher, opened, until
 from tests.postgres import Postgres
 from tornjango import db, green
 from tornjango.db import pools
-from tornjango.db.connection import PoolConnection
+from tornjango.db.cursors import PoolConnection
 
 pytestmark = pytest.mark.usefixtures("database")
 

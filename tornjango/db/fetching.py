@@ -13,7 +13,8 @@ from django.db import connections
 from tornjango import green
 from tornjango.db import connection, pools
 from tornjango.db.compiler import AnyQuerySet, Compiled, Params, compile, unevaluated
-from tornjango.db.connection import InTurn, PoolConnection
+from tornjango.db.connection import InTurn
+from tornjango.db.cursors import PoolConnection
 from tornjango.db.engines.base import Engine, Result
 from tornjango.db.prefetching import prefetch
 
@@ -42,11 +43,7 @@ async def execute(alias: str, sql: str, params: Params) -> Result:
     target = executor(alias)
     wrapper = connection.of_task(alias)
     if wrapper is None:
-        watched = (
-            isinstance(target, Engine)
-            and target.wrapper.queries_logged
-            and green.is_served()
-        )
+        watched = isinstance(target, Engine) and target.wrapper.queries_logged and green.is_served()
     else:
         watched = wrapper.queries_logged or wrapper.execute_wrappers
     if watched:
