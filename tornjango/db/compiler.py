@@ -24,6 +24,9 @@ Params: TypeAlias = Sequence[Any] | Mapping[str, Any] | None
 class Compiled(ABC):
     """``sql`` and ``params`` as Django would execute them; ``sql`` is None where no query is needed: no rows match."""
 
+    #: Whether `objects` asks for the names of the columns.
+    names_columns = False
+
     def __init__(self, queryset: Any, sql: str | None, params: Params) -> None:
         self.queryset = queryset
         self.sql = sql
@@ -87,6 +90,8 @@ class _CompiledQuery(Compiled):
 
 
 class _CompiledRaw(Compiled):
+    names_columns = True
+
     def __init__(self, queryset: Any, alias: str) -> None:
         self.alias = alias
         super().__init__(queryset, queryset.query.sql, _adapted(queryset.query.params, alias))

@@ -68,12 +68,13 @@ async def fetch(queryset: AnyQuerySet, alias: str) -> list[Any]:
 
 async def hydrate(compiled: Compiled, result: Result) -> list[Any]:
     """The objects of ``result``; many of them in slices, between which other tasks have their turn."""
+    columns = result.columns if compiled.names_columns else ()
     if len(result.rows) <= SLICE:
-        return await here_or_green(compiled.hydrate, result.rows, result.columns)
+        return await here_or_green(compiled.hydrate, result.rows, columns)
     try:
-        return await _in_slices(compiled.objects(result.rows, result.columns))
+        return await _in_slices(compiled.objects(result.rows, columns))
     except SynchronousOnlyOperation:
-        return await green.run(compiled.hydrate, result.rows, result.columns)
+        return await green.run(compiled.hydrate, result.rows, columns)
 
 
 async def _objects(queryset: AnyQuerySet, alias: str) -> list[Any]:
