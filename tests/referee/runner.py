@@ -112,6 +112,10 @@ class Result(unittest.TextTestResult):
 class Runner(DiscoverRunner):
     """Django's own connections: what fails here is not tornjango's."""
 
+    def __init__(self, **options: Any) -> None:
+        # A database that a killed run has left behind is made anew: nobody is here to be asked.
+        super().__init__(**{**options, "interactive": False})
+
     def get_resultclass(self) -> type[Result]:
         return Result
 
