@@ -14,7 +14,6 @@ class Proxy:
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended = asyncio.Event()
         self._losing: bytes | None = None
-        self._asked = False
 
     async def __aenter__(self) -> Self:
         self._listener = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -45,9 +44,11 @@ class Proxy:
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._server_port)
+        # Of this connection: another one's answers are not to be lost in its place.
+        asked = asyncio.Event()
         works = [
-            asyncio.ensure_future(self._forward(reader, server_writer, asks=True)),
-            asyncio.ensure_future(self._forward(server_reader, writer, asks=False)),
+            asyncio.ensure_future(self._ask(reader, server_writer, asked)),
+            asyncio.ensure_future(self._answer(server_reader, writer, asked)),
             asyncio.ensure_future(self._ended.wait()),
         ]
         try:
@@ -61,14 +62,19 @@ class Proxy:
                 with suppress(OSError):
                     await end.wait_closed()
 
-    async def _forward(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, asks: bool
+    async def _ask(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: asyncio.Event
     ) -> None:
         while data := await reader.read(65536):
-            if asks and self._losing is not None and self._losing in data:
-                self._losing, self._asked = None, True
-            elif not asks and self._asked:
-                self._asked = False
-                return
+            if self._losing is not None and self._losing in data:
+                self._losing = None
+                asked.set()
+            writer.write(data)
+            await writer.drain()
+
+    async def _answer(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: asyncio.Event
+    ) -> None:
+        while (data := await reader.read(65536)) and not asked.is_set():
             writer.write(data)
             await writer.drain()
