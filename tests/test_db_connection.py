@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -972,3 +973,22 @@ async def test_two_hundred_at_once_over_five_connections() -> None:
         assert await Blog.objects.acount() == await Entry.objects.acount() == 100
         status = pools.status()["default"]
         assert (status["in_use"], status["free"]) == (0, 5)
+
+
+@pytest.mark.gen_test
+async def test_an_engine_that_is_closed_is_not_kept_by_what_ends_after_it(database: None) -> None:
+    gate = asyncio.Event()
+
+    def code() -> None:
+        Blog.objects.count()
+        green.wait(gate.wait())
+
+    async with opened():
+        engine = weakref.ref(pools.get("default"))
+        late = asyncio.ensure_future(green.run(code))
+        await until(lambda: pools.status()["default"]["free"] == 1)
+    gate.set()
+    await late
+    del late
+    gc.collect()
+    assert engine() is None

@@ -658,3 +658,24 @@ async def test_an_error_that_is_not_the_databases_leaves_the_pool_whole(sqlite: 
         with pytest.raises(TypeError):
             await engine.execute(None)  # type: ignore[arg-type]
         assert (await engine.execute("select 1")).rows == [(1,)]
+
+
+@pytest.mark.gen_test
+async def test_a_connection_that_goes_before_its_statement_keeps_no_place(
+    database: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acquire = ThreadsEngine._acquire
+
+    async def acquire_lost(self: ThreadsEngine) -> Any:
+        connection = await acquire(self)
+        connection.discard()
+        return connection
+
+    async with opened(ENGINES={"default": "threads"}, POOL_SIZE=1):
+        await db.query("select 1")
+        with monkeypatch.context() as patched:
+            patched.setattr(ThreadsEngine, "_acquire", acquire_lost)
+            with pytest.raises(OperationalError, match="given up"):
+                await db.query("select 1")
+        assert pools.status()["default"]["in_use"] == 0
+        assert await db.query("select 1") == [(1,)]

@@ -230,8 +230,7 @@ class _Held:
         self.name = name
         self.released = released
 
-    async def release(self) -> None:
-        await asyncio.sleep(0)
+    def release(self) -> None:
         self.released.append(self.name)
 
 

@@ -30,7 +30,8 @@ T = TypeVar("T")
 class Resource(Protocol):
     """What a `Scope` holds: it is given back when the scope ends."""
 
-    def release(self) -> Awaitable[None] | None: ...
+    def release(self) -> None:
+        """Does not wait: what takes time is done in the background."""
 
 
 class Scope:
@@ -73,16 +74,11 @@ class Scope:
             finally:
                 leave(own)
 
-    async def end(self) -> None:
-        """Releases everything, even if the task is cancelled meanwhile."""
+    def end(self) -> None:
         self.ended = True
-        waiting = []
         while self.resources:
             _, resource = self.resources.popitem()
-            if (release := resource.release()) is not None:
-                waiting.append(release)
-        if waiting:
-            await finish(_all(waiting))
+            resource.release()
 
 
 class TaskLock:
@@ -341,8 +337,7 @@ async def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await _drive(own, fn, args, kwargs)
     finally:
         try:
-            if own.resources:
-                await own.end()
+            own.end()
         finally:
             leave(own)
 
@@ -439,8 +434,3 @@ async def finish(work: Awaitable[T]) -> T:
         task.exception()
         raise cancelled
     return task.result()
-
-
-async def _all(awaitables: list[Awaitable[None]]) -> None:
-    for awaitable in awaitables:
-        await awaitable

@@ -99,7 +99,7 @@ class atomic:
     async def _leave_scope(self) -> None:
         if self._own is not None:
             try:
-                await self._own.end()
+                self._own.end()
             finally:
                 green.leave(self._own)
         elif self._turn is not None:
@@ -206,6 +206,6 @@ class shared_atomic:
                 await self._atomics.__aexit__(exc_type, exc, traceback)
         finally:
             try:
-                await self._scope.end()
+                self._scope.end()
             finally:
                 green.leave(self._scope)

@@ -251,8 +251,8 @@ class PoolWrapper:
             if self.connection is not None:
                 self.connection.abandon()
             return
-        free = _free.setdefault(self.engine, [])
-        if len(free) < KEPT and self._is_as_new():
+        free = _free.get(self.engine)
+        if free is not None and len(free) < KEPT and self._is_as_new():
             free.append(wrapper)
 
     def _is_as_new(self) -> bool:
@@ -285,6 +285,7 @@ class _Awaited:
 
 
 _tasks: set[asyncio.Future[Any]] = set()
+#: Of the engines that are open.
 _free: dict[Engine, list[Any]] = {}
 
 
@@ -375,6 +376,7 @@ class Connections:
 
 
 def install(engines: dict[str, Engine]) -> None:
+    _free.update((engine, []) for engine in engines.values())
     connections._connections = Connections(connections._connections, engines)  # type: ignore[attr-defined]
 
 

@@ -88,7 +88,7 @@ async def _in_own_transaction(
         with held.here():
             await green.run(_end, alias)
     finally:
-        await held.end()
+        held.end()
 
 
 async def _by_django(
@@ -122,7 +122,7 @@ class _Held:
         finally:
             green.leave(scope)
 
-    async def end(self) -> None:
+    def end(self) -> None:
         """Rolls back, unless the transaction has ended."""
         wrapper: Any = self.resources.get(self.alias)
         if wrapper is not None and wrapper.in_transaction:
@@ -130,7 +130,7 @@ class _Held:
             wrapper.connection.abandon()
         scope = green.Scope(None, None)
         scope.resources = self.resources
-        await scope.end()
+        scope.end()
 
 
 def _begin_and_declare(alias: str, sql: str, params: Params) -> Stream:

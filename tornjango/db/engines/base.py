@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any, ClassVar, NamedTuple
 
 from django.db import connections
+from django.db.transaction import TransactionManagementError
 from django.db.utils import NotSupportedError
 
 from tornjango.db.compiler import Params, Row
@@ -171,3 +172,11 @@ class Engine(ABC):
     @abstractmethod
     def status(self) -> dict[str, Any]:
         """Numbers for people to read; at least ``engine``."""
+
+
+def left_open(sql: str, alias: str) -> TransactionManagementError:
+    """For a statement in autocommit after which a transaction is open."""
+    return TransactionManagementError(
+        f"{sql[:80]!r} left a transaction open on database {alias!r}; it is rolled back. "
+        "A connection is held for one statement: for more, use db.atomic(), or transaction.atomic() in sync code."
+    )

@@ -9,11 +9,10 @@ import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from django.db.transaction import TransactionManagementError
 from django.db.utils import Error, NotSupportedError, OperationalError
 
 from tornjango.db.compiler import Params, Row
-from tornjango.db.engines.base import Result
+from tornjango.db.engines.base import Result, left_open
 
 #: Of psycopg's ``transaction_status``, in a transaction and in a failed one: libpq's numbers.
 IN_TRANSACTION, IN_ERROR = 2, 3
@@ -44,10 +43,7 @@ def execute_alone(wrapper: Any, sql: str, params: Params) -> Result:
         _end_transaction(wrapper)
         raise
     if _end_transaction(wrapper):
-        raise TransactionManagementError(
-            f"{sql[:80]!r} left a transaction open on database {wrapper.alias!r}; it is rolled back. "
-            "A connection is held for one statement: for more, use db.atomic(), or transaction.atomic() in sync code."
-        )
+        raise left_open(sql, wrapper.alias)
     return result
 
 

@@ -2,18 +2,18 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
-from django.db.transaction import TransactionManagementError
 from django.db.utils import InterfaceError
 
 from tornjango.conf import Config
 from tornjango.db.compiler import Params
 from tornjango.db.engines import base
-from tornjango.db.engines.base import Engine, Result, Stream
+from tornjango.db.engines.base import Engine, Result, Stream, left_open
 from tornjango.db.engines.gate import Gate
 from tornjango.db.engines.lease import Connection, PoolLease
 from tornjango.db.engines.stream import CursorStream
@@ -123,30 +123,28 @@ class PooledEngine(Engine, Generic[C]):
     # A statement on one of them
 
     async def _run(self, connection: C, sql: str, params: Params) -> Result:
-        statement = None
+        with self._held(connection):
+            outcome = await connection.outcome(connection.start(sql, params))
+            if connection.in_transaction:
+                raise left_open(sql, self.alias)
+            return await connection.result(outcome)
+
+    @contextmanager
+    def _held(self, connection: C) -> Iterator[None]:
+        """Releases it at the end; where its user is cancelled, when the statement has ended."""
         try:
-            statement = connection.start(sql, params)
-            outcome = await connection.outcome(statement)
-            self._refuse_transaction(connection, sql)
-            result = await connection.result(outcome)
+            yield
         except asyncio.CancelledError:
-            assert statement is not None
-            self._abandon(connection, statement)
+            self._abandon(connection)
             raise
         except BaseException:
             self._release(connection)
             raise
         self._release(connection)
-        return result
 
-    def _refuse_transaction(self, connection: C, sql: str) -> None:
-        if connection.in_transaction:
-            raise TransactionManagementError(
-                f"{sql[:80]!r} left a transaction open on database {self.alias!r}; it is rolled back. "
-                "A connection is held for one statement: for more, use db.atomic(), or transaction.atomic() in sync code."
-            )
-
-    def _abandon(self, connection: C, statement: asyncio.Future[Any]) -> None:
+    def _abandon(self, connection: C) -> None:
+        statement = connection.statement
+        assert statement is not None
         drain = asyncio.get_running_loop().create_task(self._drain(connection, statement))
         self._drains.add(drain)
         drain.add_done_callback(self._drains.discard)

@@ -94,8 +94,8 @@ class ThreadsEngine(PooledEngine[Connection]):
     They are set up as Django does it, receivers of ``connection_created`` included, and keep to ``CONN_MAX_AGE`` (where
     0 is no limit: there is no request for them to end with) and ``CONN_HEALTH_CHECKS``.
 
-    A cancelled statement is cancelled on the server where the driver can do that: psycopg, sqlite3 and oracledb. Of any
-    other it runs to its end in the background, and only then is the connection free.
+    A cancelled statement is cancelled on the server where the driver can do that: psycopg2, psycopg, sqlite3 and oracledb. Of
+    any other it runs to its end in the background, and only then is the connection free.
     """
 
     name = "threads"
@@ -136,17 +136,8 @@ class ThreadsEngine(PooledEngine[Connection]):
 
     async def _alone(self, fn: Callable[..., T], *args: Any) -> T:
         connection = await self._acquire()
-        statement = connection.call(fn, *args)
-        try:
-            result = await asyncio.shield(statement)
-        except asyncio.CancelledError:
-            self._abandon(connection, statement)
-            raise
-        except BaseException:
-            self._release(connection)
-            raise
-        self._release(connection)
-        return result
+        with self._held(connection):
+            return await asyncio.shield(connection.call(fn, *args))
 
     # Its connections
 
@@ -168,11 +159,13 @@ class ThreadsEngine(PooledEngine[Connection]):
             self._release(connection)
 
     async def _is_usable(self, connection: Connection) -> bool:
-        check = connection.call(_is_usable)
         try:
-            return await asyncio.shield(check)
+            return await asyncio.shield(connection.call(_is_usable))
         except asyncio.CancelledError:
-            self._abandon(connection, check)
+            self._abandon(connection)
+            raise
+        except BaseException:
+            self._release(connection)
             raise
 
     def _release(self, connection: Connection) -> None:
