@@ -7,7 +7,7 @@ import pytest
 from django.core.exceptions import ImproperlyConfigured
 from django.test import override_settings
 
-from tornjango.conf import CometConfig, Config, get_config
+from tornjango.conf import CometConfig, Config, configure, get_config
 
 
 def test_what_is_not_set_has_its_default() -> None:
@@ -54,3 +54,17 @@ def test_settings_are_read_once_until_a_test_overrides_them() -> None:
     with override_settings(TORNJANGO={"THREADS": 3}):
         assert get_config().THREADS == 3
     assert get_config().THREADS == Config().THREADS
+
+
+def test_what_the_command_line_says_goes_before_the_settings() -> None:
+    try:
+        with override_settings(TORNJANGO={"WORKERS": 1, "THREADS": 3}):
+            config = configure(WORKERS=2)
+            assert config is get_config()
+            assert (config.WORKERS, config.THREADS) == (2, 3)
+            with pytest.raises(ImproperlyConfigured, match="WORKERS"):
+                configure(WORKERS=-1)
+            assert get_config().WORKERS == 2
+    finally:
+        configure()
+    assert get_config().WORKERS == 0

@@ -15,13 +15,14 @@ from tornado.routing import AnyMatches, Router, Rule
 from tornado.web import Application as TornadoApplication
 
 from tornjango import templates
-from tornjango.bodies import BodyReceiver, refuse_on
+from tornjango.bodies import BodyReceiver
 from tornjango.conf import get_config
 from tornjango.db import pools
 from tornjango.handlers import DjangoHandler
 from tornjango.middleware import Chain
 from tornjango.requests import ServerRequest, path_info, script_name
 from tornjango.routing import Route, Routes, is_handler
+from tornjango.sending import refuse_on
 from tornjango.staticfiles import StaticFiles, StaticHandler
 from tornjango.views import adapt, view_name
 from tornjango.workers import Workers

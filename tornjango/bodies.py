@@ -11,12 +11,12 @@ from io import BytesIO
 from typing import IO, TYPE_CHECKING, Any
 
 from django.conf import settings
-from django.http import HttpResponse
 from django.urls import ResolverMatch
-from tornado.httputil import HTTPHeaders, HTTPMessageDelegate, HTTPServerRequest, ResponseStartLine
+from tornado.httputil import HTTPHeaders, HTTPMessageDelegate, HTTPServerRequest
 
 from tornjango.conf import get_config
 from tornjango.exceptions import Overloaded
+from tornjango.sending import write_plainly
 
 if TYPE_CHECKING:
     from tornjango.application import Application
@@ -159,23 +159,3 @@ class BodyReceiver(HTTPMessageDelegate):
         connection: Any = self.request.connection
         connection.finish()
         connection.close()
-
-
-def write_plainly(connection: Any, method: str | None, status: int, reason: str) -> None:
-    """Writes an answer that is not Django's, the last one of its connection."""
-    content = f"{reason}\n".encode()
-    headers = HTTPHeaders()
-    headers["Content-Type"] = "text/plain; charset=utf-8"
-    headers["Content-Length"] = str(len(content))
-    headers["Connection"] = "close"
-    if status == 503:
-        headers["Retry-After"] = "1"
-    start_line = ResponseStartLine("HTTP/1.1", status, HttpResponse(status=status).reason_phrase)
-    connection.write_headers(start_line, headers, b"" if method == "HEAD" else content)
-
-
-def refuse_on(connection: Any, method: str | None, status: int, reason: str) -> None:
-    """Answers a request that Django does not see, and closes its connection."""
-    write_plainly(connection, method, status, reason)
-    connection._disconnect_on_finish = True
-    connection.finish()

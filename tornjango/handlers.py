@@ -7,39 +7,28 @@ import contextvars
 import enum
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import aclosing
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.core import signals
 from django.dispatch import Signal
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 from django.urls import ResolverMatch, set_script_prefix
-from tornado.httputil import (
-    HTTPHeaders,
-    HTTPServerRequest,
-    ResponseStartLine,
-    format_timestamp,
-)
+from tornado.httputil import HTTPServerRequest
 from tornado.iostream import StreamClosedError
 from tornado.web import RequestHandler
 
-from tornjango.bodies import Body, refuse_on
+from tornjango.bodies import Body
 from tornjango.exceptions import Overloaded
 from tornjango.requests import TornadoRequest
+from tornjango.sending import Sending, is_closed, refuse_on
 
 if TYPE_CHECKING:
     from tornjango.application import Application
 
 logger = logging.getLogger("tornjango.handlers")
 access_log = logging.getLogger("django.server")
-
-#: What is read of a file, and given to a worker thread, at a time; in bytes.
-FILE_CHUNK = 64 * 1024
 
 
 class Cut(enum.Enum):
@@ -63,18 +52,18 @@ class DjangoHandler(RequestHandler):
         # Not Tornado's, which prepares for what Django does here, and ties knots that its own finish() undoes.
         self.application = application
         self.request = request
-        self._begun = self._finished = self._closing = False
-        self._sent = 0
+        self._closing = False
 
     def start(self, body: Body, match: ResolverMatch | None) -> None:
         """The client may have left already: Tornado then tells nobody, and nothing is begun."""
         connection: Any = self.request.connection
-        if connection.stream.closed():
+        if is_closed(connection):
             body.close()
             return
         self._body = body
         self._match = match
         self._cut: asyncio.Future[Cut] = asyncio.get_running_loop().create_future()
+        self._sending = Sending(connection, self.request, self._cut)
         connection.set_close_callback(self.on_connection_close)
         self.application.in_flight.add(self)
         self.task = asyncio.create_task(self._live())
@@ -132,7 +121,7 @@ class DjangoHandler(RequestHandler):
             raise
         response._handler_class = type(self)  # type: ignore[attr-defined]
         try:
-            await self._send(response)
+            await self._sending.send(response, last=self.application.draining)
         finally:
             self._closing = True
             await self._close(response)
@@ -143,10 +132,9 @@ class DjangoHandler(RequestHandler):
 
     def _end_early(self, exc: BaseException) -> None:
         """The client left, or the server stops; or else something below has raised what only these may."""
-        stream: Any = self.request.connection.stream  # type: ignore[union-attr]
         if self._cut.done() and self._cut.result() is Cut.STOPPED:
             self._answer_plainly(503, "The server is stopping. Please try again in a moment.")
-        elif not self._cut.done() and stream is not None and not stream.closed():
+        elif not self._cut.done() and not is_closed(self.request.connection):
             self._fail()
 
     def _fail(self) -> None:
@@ -157,90 +145,12 @@ class DjangoHandler(RequestHandler):
 
     def _answer_plainly(self, status: int, reason: str) -> None:
         connection: Any = self.request.connection
-        if self._finished or connection.stream is None or connection.stream.closed():
+        if self._sending.finished or is_closed(connection):
             return
-        if self._begun:  # there is no way back but to break off
+        if self._sending.begun:  # there is no way back but to break off
             connection.close()
         else:
             refuse_on(connection, self.request.method, status, reason)
-
-    # Its answer
-
-    async def _send(self, response: HttpResponseBase) -> None:
-        status = response.status_code
-        headers = _wire_headers(response)
-        connection: Any = self.request.connection
-        bodyless = self.request.method == "HEAD" or status in (204, 304)
-        content = b"" if response.streaming else cast(HttpResponse, response).content
-        if status == 204:
-            headers.pop("Content-Length", None)  # RFC 9110, 8.6
-        elif status != 304 and not response.streaming and "Content-Length" not in headers:
-            headers["Content-Length"] = str(len(content))
-        if self._is_last(headers):
-            headers["Connection"] = "close"
-            connection._disconnect_on_finish = True
-        start_line = ResponseStartLine("HTTP/1.1", status, response.reason_phrase)
-        written = connection.write_headers(start_line, headers, b"" if bodyless else content)
-        self._begun = True
-        self._sent = 0 if bodyless else len(content)
-        await self._flushed(written)
-        if response.streaming and not bodyless:
-            await self._stream(response)
-        connection.finish()
-        self._finished = True
-
-    def _is_last(self, headers: HTTPHeaders) -> bool:
-        """Whether the connection closes behind this answer."""
-        # To HTTP/1.0 only the connection's end says where a body of unknown length ends.
-        endless = self.request.version == "HTTP/1.0" and "Content-Length" not in headers
-        return endless or self.application.draining or headers.get("Connection") == "close"
-
-    async def _stream(self, response: Any) -> None:
-        file = getattr(response, "file_to_stream", None)
-        if file is not None:
-            read: Callable[[int], Awaitable[bytes]] = sync_to_async(file.read)
-            while chunk := await read(FILE_CHUNK):
-                await self._write(chunk)
-        elif response.is_async:
-            async with aclosing(aiter(response)) as parts:
-                async for part in parts:
-                    await self._write(part)
-        else:
-            await self._pump_in_thread(response)
-
-    async def _pump_in_thread(self, response: Any) -> None:
-        loop = asyncio.get_running_loop()
-        pumping = asyncio.ensure_future(sync_to_async(self._pump)(response, loop))
-        try:
-            await asyncio.shield(pumping)
-        except asyncio.CancelledError:
-            # The thread notices with its next part. Until then it holds what closing the response would take from it.
-            await asyncio.wait({pumping})
-            pumping.exception()
-            raise
-
-    def _pump(self, response: Any, loop: asyncio.AbstractEventLoop) -> None:
-        """Iterates in one worker thread from beginning to end: a database cursor that it reads stays on its thread."""
-        for part in response:
-            asyncio.run_coroutine_threadsafe(self._write(part), loop).result()
-
-    async def _write(self, chunk: bytes) -> None:
-        """Returns when the system has taken it; raises ``StreamClosedError`` when it is no longer wanted."""
-        if self._cut.done():
-            raise StreamClosedError
-        if chunk:
-            assert self.request.connection is not None
-            self._sent += len(chunk)
-            await self._flushed(self.request.connection.write(chunk))
-
-    async def _flushed(self, written: asyncio.Future[None]) -> None:
-        # Tornado forgets the future of a write whose connection closes: it would be waited for without end.
-        if not written.done():
-            either: set[asyncio.Future[Any]] = {written, self._cut}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if self._cut.done():
-                raise StreamClosedError
-        await written
 
     async def _close(self, response: HttpResponseBase) -> None:
         """Closes what the response holds, which also sends ``request_finished``."""
@@ -268,32 +178,13 @@ class DjangoHandler(RequestHandler):
                 '"%s" %s %s',
                 self._line(),
                 response.status_code,
-                self._sent,
+                self._sending.sent,
                 extra={
                     "request": self.request,
                     "server_time": time.strftime("%d/%b/%Y %H:%M:%S"),
                     "status_code": response.status_code,
                 },
             )
-
-
-def _wire_headers(response: HttpResponseBase) -> HTTPHeaders:
-    headers = HTTPHeaders()
-    for name, value in response.items():
-        headers[name] = value
-    for cookie in response.cookies.values():
-        # Without the space that output() begins with, and Tornado refuses.
-        headers.add("Set-Cookie", cookie.output(header="").strip())
-    if "Date" not in headers:
-        headers["Date"] = _date(int(time.time()))
-    if "Server" not in headers:
-        headers["Server"] = "tornjango"
-    return headers
-
-
-@lru_cache(1)
-def _date(second: int) -> str:
-    return format_timestamp(second)
 
 
 async def _send_signal(signal: Signal, sender: type, **kwargs: Any) -> None:
