@@ -13,13 +13,16 @@ from django.utils.module_loading import autodiscover_modules
 from tornado.httputil import HTTPHeaders, HTTPInputError, HTTPMessageDelegate, HTTPServerRequest
 from tornado.routing import AnyMatches, Router, Rule
 from tornado.web import Application as TornadoApplication
+from tornado.web import RequestHandler
 
-from tornjango import templates
+from tornjango import access, templates
+from tornjango.access import Answer, Unread
 from tornjango.bodies import BodyReceiver
 from tornjango.conf import get_config
 from tornjango.db import pools
 from tornjango.handlers import DjangoHandler
 from tornjango.middleware import Chain
+from tornjango.proxies import Proxies
 from tornjango.requests import ServerRequest, path_info, script_name
 from tornjango.routing import Route, Routes, is_handler
 from tornjango.sending import refuse_on
@@ -51,6 +54,11 @@ class Application(TornadoApplication):
             django.setup()
         config = get_config()
         super().__init__(handlers, default_host, transforms, **settings)
+        self.proxies = (
+            Proxies(config.TRUSTED_PROXIES, config.PROXY_HEADERS)
+            if config.TRUSTED_PROXIES
+            else None
+        )
         self.draining = False
         #: The requests that are being answered.
         self.in_flight: set[DjangoHandler] = set()
@@ -58,6 +66,8 @@ class Application(TornadoApplication):
         self.arriving: set[asyncio.Future[None]] = set()
         self.workers = Workers(config.THREADS, config.THREADS_QUEUE)
         self.static = StaticFiles() if staticfiles else None
+        #: What is told of each answer: the access log, and the metrics.
+        self.observers = [log] if (log := access.make(config)) else []
         self.routes = Routes()
         views = [route for route in self.routes if not route.is_handler]
         self.chain = Chain({route.callback: adapt(route.callback, route.groups) for route in views})
@@ -72,6 +82,19 @@ class Application(TornadoApplication):
 
     def start_request(self, server_conn: object, request_conn: Any) -> HTTPMessageDelegate:
         return RequestReceiver(self, server_conn, request_conn)
+
+    def answered(self, answer: Answer) -> None:
+        for observer in self.observers:
+            observer(answer)
+
+    def log_request(self, handler: RequestHandler) -> None:
+        """Tornado's: for its own handlers, when their answer is out. Django's tell of theirs by themselves."""
+        if "log_function" in self.settings:
+            super().log_request(handler)
+        status, size = handler.get_status(), handler._headers.get("Content-Length")
+        bodyless = handler.request.method == "HEAD" or status in (101, 204, 304)
+        sent = 0 if bodyless else None if size is None else int(size)
+        self.answered(Answer(handler.request, status, sent, view_name(type(handler))))
 
     def reverse_url(self, name: str, *args: Any) -> str:
         """The URL of a named Tornado route, or of a named URL pattern of Django's. Raises ``KeyError``."""
@@ -147,10 +170,18 @@ class RequestReceiver(HTTPMessageDelegate):
 
     def headers_received(self, start_line: Any, headers: HTTPHeaders) -> Any:
         try:
-            request = ServerRequest(self.request_conn, start_line, headers, self.server_conn)
+            request = ServerRequest(
+                self.request_conn,
+                start_line,
+                headers,
+                self.server_conn,
+                self.application.proxies,
+            )
         except HTTPInputError as exc:
             logger.warning("Bad request from %s: %s", self.request_conn.context, exc)
-            refuse_on(self.request_conn, start_line.method, 400, f"Bad request: {exc}")
+            sent = refuse_on(self.request_conn, start_line.method, 400, f"Bad request: {exc}")
+            refused = Unread(self.request_conn.context.remote_ip, *start_line)
+            self.application.answered(Answer(refused, 400, sent))
             return None
         self.delegate = self.application.find_handler(request)
         return self.delegate.headers_received(start_line, headers)

@@ -14,6 +14,7 @@ from django.conf import settings
 from django.urls import ResolverMatch
 from tornado.httputil import HTTPHeaders, HTTPMessageDelegate, HTTPServerRequest
 
+from tornjango.access import Answer
 from tornjango.conf import get_config
 from tornjango.exceptions import Overloaded
 from tornjango.sending import write_plainly
@@ -148,7 +149,8 @@ class BodyReceiver(HTTPMessageDelegate):
         self.body.close()
         request = self.request
         logger.warning("%s %s from %s: %s", request.method, request.path, request.remote_ip, log)
-        write_plainly(request.connection, request.method, status, reason)
+        sent = write_plainly(request.connection, request.method, status, reason)
+        self.application.answered(Answer(request, status, sent, self.handler_class.view_name))
 
     def _drop(self, chunk: bytes) -> None:
         self._dropped = (self._dropped or 0) + len(chunk)

@@ -6,10 +6,8 @@ import asyncio
 import contextvars
 import enum
 import logging
-import time
 from typing import TYPE_CHECKING, Any
 
-from django.conf import settings
 from django.core import signals
 from django.dispatch import Signal
 from django.http import HttpRequest
@@ -19,6 +17,7 @@ from tornado.httputil import HTTPServerRequest
 from tornado.iostream import StreamClosedError
 from tornado.web import RequestHandler
 
+from tornjango.access import CLIENT_LEFT, Answer
 from tornjango.bodies import Body
 from tornjango.exceptions import Overloaded
 from tornjango.requests import TornadoRequest
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from tornjango.application import Application
 
 logger = logging.getLogger("tornjango.handlers")
-access_log = logging.getLogger("django.server")
 
 
 class Cut(enum.Enum):
@@ -47,6 +45,7 @@ class DjangoHandler(RequestHandler):
     application: Application
     #: The view that the URL pattern names, for logs; Django's own answers (404, redirects) have none.
     view_name = ""
+    _django_request: TornadoRequest | None = None
 
     def __init__(self, application: Application, request: HTTPServerRequest) -> None:
         # Not Tornado's, which prepares for what Django does here, and ties knots that its own finish() undoes.
@@ -104,10 +103,12 @@ class DjangoHandler(RequestHandler):
         finally:
             self.application.in_flight.discard(self)
             self._body.close()
+            if self.application.observers:
+                self._tell()
 
     async def _answer(self) -> None:
         self.application.workers.enter()
-        request = TornadoRequest(self.request, self._body)
+        request = self._django_request = TornadoRequest(self.request, self._body)
         request.route_match = self._match
         if request.script_name:  # without it, the prefix is "/" already
             set_script_prefix(f"{request.script_name}/")
@@ -125,7 +126,6 @@ class DjangoHandler(RequestHandler):
         finally:
             self._closing = True
             await self._close(response)
-        self._log_access(response)
 
     async def get_response(self, request: HttpRequest) -> HttpResponseBase:
         return await self.application.chain.get_response_async(request)
@@ -150,7 +150,9 @@ class DjangoHandler(RequestHandler):
         if self._sending.begun:  # there is no way back but to break off
             connection.close()
         else:
-            refuse_on(connection, self.request.method, status, reason)
+            self._sending.sent = refuse_on(connection, self.request.method, status, reason)
+            self._sending.status = status
+            self._sending.finished = True
 
     async def _close(self, response: HttpResponseBase) -> None:
         """Closes what the response holds, which also sends ``request_finished``."""
@@ -169,22 +171,18 @@ class DjangoHandler(RequestHandler):
     def _line(self) -> str:
         return f"{self.request.method} {self.request.uri} {self.request.version}"
 
-    def _log_access(self, response: HttpResponseBase) -> None:
-        """A line as runserver writes it."""
-        if settings.DEBUG and access_log.isEnabledFor(logging.INFO):
-            level = logging.INFO if response.status_code < 400 else logging.WARNING
-            access_log.log(
-                level if response.status_code < 500 else logging.ERROR,
-                '"%s" %s %s',
-                self._line(),
-                response.status_code,
-                self._sending.sent,
-                extra={
-                    "request": self.request,
-                    "server_time": time.strftime("%d/%b/%Y %H:%M:%S"),
-                    "status_code": response.status_code,
-                },
+    def _tell(self) -> None:
+        sending = self._sending
+        self.application.answered(
+            Answer(
+                self.request,
+                sending.status or CLIENT_LEFT,
+                sending.sent,
+                self.view_name,
+                self._django_request,
+                sending.finished,
             )
+        )
 
 
 async def _send_signal(signal: Signal, sender: type, **kwargs: Any) -> None:

@@ -31,7 +31,8 @@ class Sending:
         #: Whether the head is out, and there is no way back.
         self.begun = False
         self.finished = False
-        #: Bytes of content that were sent.
+        #: The status, and the bytes of content, that were sent.
+        self.status = 0
         self.sent = 0
 
     async def send(self, response: HttpResponseBase, *, last: bool) -> None:
@@ -53,6 +54,7 @@ class Sending:
         start_line = ResponseStartLine("HTTP/1.1", status, response.reason_phrase)
         written = self.connection.write_headers(start_line, headers, b"" if bodyless else content)
         self.begun = True
+        self.status = status
         self.sent = 0 if bodyless else len(content)
         await self._flushed(written)
         if response.streaming and not bodyless:
@@ -122,8 +124,8 @@ def close_after(connection: Any) -> None:
     connection._disconnect_on_finish = True
 
 
-def write_plainly(connection: Any, method: str | None, status: int, reason: str) -> None:
-    """Writes an answer that is not Django's, the last one of its connection."""
+def write_plainly(connection: Any, method: str | None, status: int, reason: str) -> int:
+    """Writes an answer that is not Django's, the last one of its connection; returns the size of its content."""
     content = f"{reason}\n".encode()
     headers = HTTPHeaders()
     headers["Content-Type"] = "text/plain; charset=utf-8"
@@ -132,14 +134,17 @@ def write_plainly(connection: Any, method: str | None, status: int, reason: str)
     if status == 503:
         headers["Retry-After"] = "1"
     start_line = ResponseStartLine("HTTP/1.1", status, HttpResponse(status=status).reason_phrase)
-    connection.write_headers(start_line, headers, b"" if method == "HEAD" else content)
+    content = b"" if method == "HEAD" else content
+    connection.write_headers(start_line, headers, content)
+    return len(content)
 
 
-def refuse_on(connection: Any, method: str | None, status: int, reason: str) -> None:
-    """Answers a request that Django does not see, and closes its connection."""
-    write_plainly(connection, method, status, reason)
+def refuse_on(connection: Any, method: str | None, status: int, reason: str) -> int:
+    """Answers a request that Django does not see, and closes its connection; returns the size of the content."""
+    sent = write_plainly(connection, method, status, reason)
     close_after(connection)
     connection.finish()
+    return sent
 
 
 def _wire_headers(response: HttpResponseBase) -> HTTPHeaders:
