@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from ipaddress import ip_network
 from typing import Any
 
 from django.conf import settings
@@ -46,6 +47,20 @@ def _path(value: object) -> bool:
 
 def _texts(value: object) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+
+
+def _proxies(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(
+        item == "unix" or _network(item) for item in value
+    )
+
+
+def _network(value: object) -> bool:
+    """Text only: of a number, Python makes an address."""
+    try:
+        return isinstance(value, str) and bool(ip_network(value))
+    except ValueError:
+        return False
 
 
 def _engines(value: object) -> bool:
@@ -179,15 +194,18 @@ class Config:
         "file with the TLS certificate, and those that it depends on", "--certfile"
     )
     KEYFILE: str = _string("file with the certificate's key, where CERTFILE has none", "--keyfile")
-    TRUSTED_PROXIES: Sequence[str] = _strings(
+    TRUSTED_PROXIES: Sequence[str] = _option(
+        (),
+        _proxies,
+        'a list of addresses ("127.0.0.1"), networks ("10.0.0.0/8") and "unix"',
         'addresses and networks whose word on client, scheme and host is taken; "unix" is whoever '
         "connects to a Unix socket",
-        "--proxy",
+        flag="--proxy",
     )
     PROXY_HEADERS: str = _one_of(
         PROXY_HEADERS,
         "x-forwarded",
-        "the headers that those proxies set: X-Forwarded-For, -Proto and -Host, or Forwarded",
+        "the headers that those proxies set: X-Forwarded-For, -Proto, -Host and -Port, or Forwarded",
     )
     ACCESS_LOG: str = _one_of(
         ACCESS_LOGS,

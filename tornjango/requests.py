@@ -26,6 +26,7 @@ from tornado.web import HTTPError
 
 from tornjango import green
 from tornjango.bodies import Body
+from tornjango.proxies import Proxies
 
 #: A form larger than this is parsed in a worker thread, for green code; in bytes.
 PARSED_ON_THE_LOOP = 64 * 1024
@@ -46,6 +47,7 @@ class ServerRequest(HTTPServerRequest):
         start_line: RequestStartLine,
         headers: HTTPHeaders,
         server_connection: object = None,
+        proxies: Proxies | None = None,
     ) -> None:
         """Raises ``HTTPInputError`` for a host that cannot be one."""
         self.method, self.uri, self.version = start_line
@@ -57,6 +59,10 @@ class ServerRequest(HTTPServerRequest):
         if "://" in self.uri:
             self._take_host_from_target(self.uri)
         self.host = _checked_host(headers, self.version)
+        #: The port that the client connected to, if a trusted proxy told it.
+        self.forwarded_port: str | None = None
+        if proxies is not None:
+            self._take_word_of(proxies)
         self.path, _, self.query = self.uri.partition("?")
         self.body = b""
         self.files = {}
@@ -74,6 +80,18 @@ class ServerRequest(HTTPServerRequest):
             raise HTTPInputError(f"Invalid request target: {exc}") from exc
         self.headers["Host"] = parts.netloc
         self.uri = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+
+    def _take_word_of(self, proxies: Proxies) -> None:
+        peer: str = self.remote_ip or ""
+        unix = _server_address(self)[0] == "unix"
+        origin = proxies.origin(peer, self.headers, unix=unix)
+        if origin is None:
+            return
+        self.remote_ip = origin.client or peer
+        self.protocol = origin.scheme or self.protocol
+        self.forwarded_port = origin.port
+        if origin.host and _HOST.fullmatch(origin.host):
+            self.host = self.headers["Host"] = origin.host
 
     @cached_property
     def host_name(self) -> str:  # type: ignore[override]
@@ -104,7 +122,7 @@ class TornadoRequest(HttpRequest):
     """A Django request that came in through Tornado.
 
     As in Django's own requests, header names with an underscore are dropped (``X_A`` would pass for ``X-A``), and
-    nothing that a client sends changes its address or scheme.
+    nothing that a client sends changes its address or scheme, unless ``TRUSTED_PROXIES`` has it.
     """
 
     # Set by whoever routes the request; the view is not looked for again then.
@@ -130,6 +148,7 @@ class TornadoRequest(HttpRequest):
     def _meta(self) -> dict[str, Any]:
         request = self.tornado_request
         host, port = _server_address(request)
+        port = getattr(request, "forwarded_port", None) or port
         meta = {
             "REQUEST_METHOD": self.method,
             "QUERY_STRING": request.query,
