@@ -56,7 +56,7 @@ class Sending:
         self.begun = True
         self.status = status
         self.sent = 0 if bodyless else len(content)
-        await self._flushed(written)
+        await self.flushed(written)
         if response.streaming and not bodyless:
             await self._stream(response)
         self.connection.finish()
@@ -72,11 +72,11 @@ class Sending:
         if file is not None:
             read: Callable[[int], Awaitable[bytes]] = sync_to_async(file.read)
             while chunk := await read(FILE_CHUNK):
-                await self._write(chunk)
+                await self.write(chunk)
         elif response.is_async:
             async with aclosing(aiter(response)) as parts:
                 async for part in parts:
-                    await self._write(part)
+                    await self.write(part)
         else:
             await self._pump_in_thread(response)
 
@@ -94,17 +94,18 @@ class Sending:
     def _pump(self, response: Any, loop: asyncio.AbstractEventLoop) -> None:
         """Iterates in one worker thread from beginning to end: a database cursor that it reads stays on its thread."""
         for part in response:
-            asyncio.run_coroutine_threadsafe(self._write(part), loop).result()
+            asyncio.run_coroutine_threadsafe(self.write(part), loop).result()
 
-    async def _write(self, chunk: bytes) -> None:
+    async def write(self, chunk: bytes) -> None:
         """Returns when the system has taken it; raises ``StreamClosedError`` when it is no longer wanted."""
         if self._cut.done():
             raise StreamClosedError
         if chunk:
             self.sent += len(chunk)
-            await self._flushed(self.connection.write(chunk))
+            await self.flushed(self.connection.write(chunk))
 
-    async def _flushed(self, written: asyncio.Future[None]) -> None:
+    async def flushed(self, written: asyncio.Future[None]) -> None:
+        """Returns when the system has taken what was written; raises ``StreamClosedError`` when nobody waits for it."""
         # Tornado forgets the future of a write whose connection closes: it would be waited for without end.
         if not written.done():
             either: set[asyncio.Future[Any]] = {written, self._cut}
@@ -154,11 +155,16 @@ def _wire_headers(response: HttpResponseBase) -> HTTPHeaders:
     for cookie in response.cookies.values():
         # Without the space that output() begins with, and Tornado refuses.
         headers.add("Set-Cookie", cookie.output(header="").strip())
+    stamp(headers)
+    return headers
+
+
+def stamp(headers: HTTPHeaders) -> None:
+    """Says when it is answered, and who answers, where that is not said."""
     if "Date" not in headers:
         headers["Date"] = _date(int(time.time()))
     if "Server" not in headers:
         headers["Server"] = "tornjango"
-    return headers
 
 
 @lru_cache(1)
