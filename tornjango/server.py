@@ -23,6 +23,7 @@ from tornado.netutil import bind_sockets
 from tornjango import comet, green
 from tornjango.application import Application
 from tornjango.conf import Config, get_config
+from tornjango.watchdog import watching
 
 logger = logging.getLogger("tornjango.server")
 
@@ -129,10 +130,11 @@ class Server:
         green.serve(self._loop)
         http = ConnectionServer(self.application, self.config)
         http.add_sockets(self.sockets)
-        try:
-            await self._stop.wait()
-        finally:
-            await self._drain(http)
+        with watching(self.config):
+            try:
+                await self._stop.wait()
+            finally:
+                await self._drain(http)
 
     def stop(self, grace: float | None = None) -> None:
         """Begins an orderly stop, from any thread; a second call ends the waiting for requests in flight.
