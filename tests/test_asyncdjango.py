@@ -530,3 +530,9 @@ async def test_an_async_transaction_that_a_thread_waits_for_is_whole(database: N
     async with opened():
         assert await sync_to_async(async_to_sync(view))() == 2
         assert await Blog.objects.acount() == 0
+
+
+def test_a_project_without_users_that_has_imported_their_modules_is_served() -> None:
+    with override_settings(INSTALLED_APPS=["django.contrib.contenttypes"]):
+        asyncdjango.install()
+        asyncdjango.uninstall()
