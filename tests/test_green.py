@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from asgiref.local import Local
-from django.utils import translation
+from django.utils import timezone, translation
 
 from tornjango import green
 
@@ -223,6 +223,17 @@ async def test_what_computes_goes_to_a_thread() -> None:
     assert computes(2) == (2, True, "blue")
     with pytest.raises(ZeroDivisionError):
         await green.run(green.aside, lambda: 1 / 0)
+
+
+@pytest.mark.gen_test
+async def test_a_thread_aside_has_the_language_and_the_time_zone_of_who_calls() -> None:
+    def code() -> tuple[str | None, str]:
+        with translation.override("de"), timezone.override("Asia/Tokyo"):
+            return green.aside(
+                lambda: (translation.get_language(), timezone.get_current_timezone_name())
+            )
+
+    assert await green.run(code) == ("de", "Asia/Tokyo")
 
 
 class _Held:

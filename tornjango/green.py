@@ -13,15 +13,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import sys
 import threading
 from asyncio.events import _set_running_loop
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
-from asgiref.sync import sync_to_async
+from asgiref.sync import _restore_context, sync_to_async
 from django.views.decorators.debug import coroutine_functions_to_sensitive_variables
 from greenlet import GreenletExit, getcurrent, greenlet
+
+from tornjango.conf import get_config
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -191,6 +194,8 @@ class _Green(greenlet):
     kwargs: Any
     result: Any
     error: BaseException | None  # type: ignore[assignment]
+    #: What its caller was handling when it called: ``sys.exc_info()`` says so to sync code.
+    handled: BaseException | None
     idle: bool
     #: How many `shielded` blocks it is in, and what the innermost one says of time.
     shields: int
@@ -202,7 +207,12 @@ class _Green(greenlet):
         while True:
             try:
                 # Not in variables of their own: error reports would show the arguments, passwords among them.
-                self.result = self.fn(*self.args, **self.kwargs)  # type: ignore[misc]
+                if self.handled is None:
+                    self.result = self.fn(*self.args, **self.kwargs)  # type: ignore[misc]
+                else:
+                    handled, self.handled = self.handled, None
+                    self.result = handling(handled, self.fn, *self.args, **self.kwargs)  # type: ignore[arg-type]
+                    del handled
             except GreenletExit:
                 raise
             except BaseException as exc:  # noqa: BLE001 - raised where the call is awaited
@@ -273,6 +283,26 @@ def unreported(fn: Callable[P, T]) -> Callable[P, T]:
     place = hash(f"{code.co_filename}:{code.co_firstlineno}")
     coroutine_functions_to_sensitive_variables[place] = "__ALL__"
     return fn
+
+
+@unreported
+def handling(exc: BaseException, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """``fn(...)``, as in an ``except`` block that has caught ``exc``: ``sys.exc_info()`` tells, and ``raise`` raises it."""
+    traceback = exc.__traceback__
+    try:
+        raise exc
+    except BaseException:  # noqa: BLE001 - it is being handled already
+        exc.__traceback__ = traceback  # this is no place that it has come by
+        return fn(*args, **kwargs)
+    finally:
+        del exc, traceback
+
+
+def is_chosen(view: Callable[..., Any]) -> bool:
+    """Whether the project has a sync view run green: by a decorator of ``tornjango.views``, or for all of them."""
+    view = view.func if isinstance(view, partial) else view
+    mode: str = getattr(view, "_sync_mode", None) or get_config().SYNC_VIEWS
+    return mode == "green"
 
 
 class _Served(NamedTuple):
@@ -352,6 +382,7 @@ async def _drive(scope: Scope | None, fn: Callable[..., T], args: Any, kwargs: A
     green.gr_context = driver.gr_context
     green.fn, green.args, green.kwargs = fn, args, kwargs
     green.result = green.error = None
+    green.handled = sys.exception()
     green.idle, green.shields, green.limit, green.cancelled = False, 0, None, None
     step: Callable[[Any], Any] = _start
     given: Any = green
@@ -392,11 +423,8 @@ def aside(fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """``fn(...)`` in a worker thread, if the caller is green code; for what would hold up the loop."""
     if not active():
         return fn(*args, **kwargs)
-    return wait(_in_thread(partial(contextvars.copy_context().run, fn, *args, **kwargs)))
-
-
-async def _in_thread(fn: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(None, fn)
+    # With asgiref, which alone can carry its Locals (the language, the time zone) to another thread.
+    return wait(sync_to_async(fn, thread_sensitive=False)(*args, **kwargs))
 
 
 def blocking(fn: Callable[P, T]) -> Callable[P, T]:
