@@ -17,7 +17,7 @@ import sys
 import threading
 from asyncio.events import _set_running_loop
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 from asgiref.sync import _restore_context, sync_to_async
