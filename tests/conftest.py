@@ -95,6 +95,12 @@ def postgres() -> Postgres:
     return _postgres
 
 
+@pytest.fixture(scope="session")
+def postgres_folder() -> tuple[Postgres, Path]:
+    """That server, and a folder for what goes with databases of a test module's own."""
+    return _postgres, _folder
+
+
 @pytest.fixture
 def watcher(postgres: Postgres) -> Iterator[Watcher]:
     """Sees from the outside what happens on the server of database "default"."""
