@@ -22,6 +22,7 @@ from tornjango.conf import get_config
 from tornjango.db import pools
 from tornjango.handlers import DjangoHandler
 from tornjango.middleware import Chain
+from tornjango.monitoring import Monitor
 from tornjango.proxies import Proxies
 from tornjango.requests import ServerRequest, path_info, script_name
 from tornjango.routing import Route, Routes, is_handler
@@ -59,6 +60,10 @@ class Application(TornadoApplication):
             if config.TRUSTED_PROXIES
             else None
         )
+        #: What is told of each answer: the access log, and the metrics.
+        self.observers = [log] if (log := access.make(config)) else []
+        #: What is told to whoever watches the server, if anything.
+        self.monitor = Monitor(self, config) if config.HEALTH or config.METRICS else None
         self.draining = False
         #: The requests that are being answered.
         self.in_flight: set[DjangoHandler] = set()
@@ -66,8 +71,6 @@ class Application(TornadoApplication):
         self.arriving: set[asyncio.Future[None]] = set()
         self.workers = Workers(config.THREADS, config.THREADS_QUEUE)
         self.static = StaticFiles() if staticfiles else None
-        #: What is told of each answer: the access log, and the metrics.
-        self.observers = [log] if (log := access.make(config)) else []
         self.routes = Routes()
         views = [route for route in self.routes if not route.is_handler]
         self.chain = Chain({route.callback: adapt(route.callback, route.groups) for route in views})
@@ -78,7 +81,8 @@ class Application(TornadoApplication):
             logger.error("Template problem: %s", problem)
         autodiscover_modules("channels")  # where the app is installed, it has done so
         pools.open()
-        self.wildcard_router.add_rules([Rule(AnyMatches(), DjangoRouter(self))])
+        rules = self.monitor.rules if self.monitor is not None else []
+        self.wildcard_router.add_rules([*rules, Rule(AnyMatches(), DjangoRouter(self))])
 
     def start_request(self, server_conn: object, request_conn: Any) -> HTTPMessageDelegate:
         return RequestReceiver(self, server_conn, request_conn)

@@ -130,7 +130,8 @@ class Server:
         green.serve(self._loop)
         http = ConnectionServer(self.application, self.config)
         http.add_sockets(self.sockets)
-        with watching(self.config):
+        monitor = self.application.monitor
+        with watching(self.config), monitor.measuring() if monitor else contextlib.nullcontext():
             try:
                 await self._stop.wait()
             finally:

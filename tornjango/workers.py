@@ -57,6 +57,11 @@ class WorkerPool(ThreadPoolExecutor):
         future.add_done_callback(self._finished)
         return future
 
+    def status(self) -> dict[str, int]:
+        """Threads there may be, those at work, and calls that wait for one."""
+        busy = min(self._unfinished, self._max_workers)
+        return {"size": self._max_workers, "busy": busy, "waiting": self._unfinished - busy}
+
     def _finished(self, future: Future[Any] | None = None) -> None:
         with self._lock:
             self._unfinished -= 1
@@ -119,6 +124,9 @@ class Workers:
     def install(self, loop: asyncio.AbstractEventLoop) -> None:
         """Makes the pool the loop's default executor."""
         loop.set_default_executor(self.pool)
+
+    def status(self) -> dict[str, int]:
+        return self.pool.status()
 
     def close(self) -> None:
         """No more calls are taken; those under way go on until they return."""
