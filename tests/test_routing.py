@@ -92,9 +92,9 @@ def test_any_path_is_answered(path_info: str) -> None:
 
 
 def test_only_patterns_with_languages_make_routes_depend_on_them(urlconf: Any) -> None:
-    assert not urlconf(path("a/", views.sync)).by_language
-    assert urlconf(*i18n_patterns(path("a/", views.sync))).by_language
-    assert urlconf(path("a/", include([path(gettext_lazy("b/"), views.sync)]))).by_language
+    assert not urlconf(path("a/", views.sync)).vary
+    assert urlconf(*i18n_patterns(path("a/", views.sync))).vary
+    assert urlconf(path("a/", include([path(gettext_lazy("b/"), views.sync)]))).vary
 
 
 def test_a_language_in_the_path_is_used_and_left_as_it_was(urlconf: Any) -> None:

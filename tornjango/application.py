@@ -147,8 +147,7 @@ class DjangoRouter(Router):
         if is_handler(match.func):
             return self._native(request, match)
         handler_class = application.handler_classes.get(match.func, DjangoHandler)
-        # A language set by middleware may yet change what a path means.
-        known = None if application.routes.by_language else match
+        known = None if application.routes.vary else match
         return BodyReceiver(application, request, handler_class, known)
 
     def _native(self, request: HTTPServerRequest, match: Any) -> HTTPMessageDelegate:

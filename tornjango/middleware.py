@@ -19,7 +19,7 @@ from django.http.response import HttpResponseBase
 from django.urls import ResolverMatch
 from django.utils.deprecation import MiddlewareMixin
 
-from tornjango import green
+from tornjango import green, routing
 from tornjango.requests import PARSED_ON_THE_LOOP
 from tornjango.views import AsyncView, View, adapt
 
@@ -177,6 +177,7 @@ class Chain(BaseHandler):
         """Uses the match that routing has found already, where the resolver would find the same again."""
         match: ResolverMatch | None = getattr(request, "route_match", None)
         if match is None or request.path_info != request.routed_path or hasattr(request, "urlconf"):  # type: ignore[attr-defined]
+            routing.indexed(getattr(request, "urlconf", None))
             return super().resolve_request(request)
         request.resolver_match = match
         return match

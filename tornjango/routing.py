@@ -7,16 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from django.urls import (
-    LocalePrefixPattern,
-    Resolver404,
-    ResolverMatch,
-    URLPattern,
-    URLResolver,
-    get_resolver,
-)
+from django.urls import ResolverMatch, URLPattern, URLResolver, get_resolver
+from django.urls.resolvers import RoutePattern
 from django.utils import translation
 from tornado.web import RequestHandler
+
+from tornjango.resolving import Index
 
 
 @dataclass(frozen=True)
@@ -40,63 +36,85 @@ def is_handler(callback: object) -> bool:
 
 
 class Routes:
-    """All routes of ``ROOT_URLCONF``, and the match that Django's resolver finds for a path."""
+    """The routes of ``ROOT_URLCONF`` as they were at start, and the match that Django's resolver finds for a path."""
 
     def __init__(self) -> None:
         """Raises what importing the URLconf raises."""
-        self._resolver: URLResolver = get_resolver()
-        self.routes = tuple(_walk(self._resolver.url_patterns, "", (), frozenset(), {}))
-        #: Whether a path may mean another view in another language.
-        self.by_language = any(_by_language(self._resolver))
+        self.routes = tuple(_walk(get_resolver(), "", (), frozenset(), {}, set()))
+        indexed()
 
     def __iter__(self) -> Iterator[Route]:
         return iter(self.routes)
 
+    @property
+    def vary(self) -> bool:
+        """Whether middleware may change what a path means, by the language it sets, say."""
+        return indexed().varies
+
     def match(self, path_info: str) -> ResolverMatch | None:
-        """What Django's resolver answers for a path; None where it has no answer.
+        """What Django's resolver answers for a path; None where it has no answer, or fails.
 
         Where languages matter the answer is that for the language in the path, as ``LocaleMiddleware`` would set it.
         """
         try:
-            if not self.by_language:
-                return self._resolver.resolve(path_info)
-            language = translation.get_language_from_path(path_info)
-            with translation.override(language or translation.get_language()):
-                return self._resolver.resolve(path_info)
-        except Resolver404:
+            return self._match(path_info)
+        except Exception:  # noqa: BLE001  a converter's: it fails again in Django's chain, which answers and logs it
             return None
+
+    def _match(self, path_info: str) -> ResolverMatch | None:
+        index = indexed()
+        if not index.varies:
+            return index.find(path_info)
+        language = translation.get_language_from_path(path_info)
+        with translation.override(language or translation.get_language()):
+            return index.find(path_info)
+
+
+def indexed(urlconf: Any = None) -> Index:
+    """The index of a URLconf, by default of ``ROOT_URLCONF``; Django's own ``resolve()`` uses it from then on.
+
+    It is made at the first call: again after ``clear_url_caches()``, without which changed patterns are not seen.
+    """
+    resolver = get_resolver(urlconf)
+    index: Index | None = resolver.__dict__.get("_tornjango_index")
+    if index is None:
+        index = Index(resolver)
+        resolver.__dict__.update(_tornjango_index=index, resolve=index.resolve)
+    return index
 
 
 def _walk(
-    patterns: list[Any],
+    resolver: URLResolver,
     prefix: str,
     namespaces: tuple[str, ...],
     groups: frozenset[str],
     default_args: dict[str, Any],
+    within: set[int],
 ) -> Iterator[Route]:
-    for entry in patterns:
+    if id(resolver) in within:  # a URLconf that includes itself has no end
+        return
+    within.add(id(resolver))
+    for entry in resolver.url_patterns:
         # A pattern that is included stands for a whole path only up to its end: "^blog/" + "^$".
         shown = prefix + _shown(entry.pattern, bool(prefix))
-        named = groups | frozenset(entry.pattern.regex.groupindex)
+        named = groups | _groups(entry.pattern)
         if isinstance(entry, URLPattern):
             name = ":".join((*namespaces, entry.name)) if entry.name else ""
             yield Route(shown, name, entry.callback, named, {**default_args, **entry.default_args})
         else:
             inner = (*namespaces, entry.namespace) if entry.namespace else namespaces
             arguments = {**default_args, **entry.default_kwargs}
-            yield from _walk(entry.url_patterns, shown, inner, named, arguments)
+            yield from _walk(entry, shown, inner, named, arguments, within)
+    within.discard(id(resolver))
+
+
+def _groups(pattern: Any) -> frozenset[str]:
+    # The regular expression of a route is compiled when it is first needed.
+    if type(pattern) is RoutePattern:
+        return frozenset(pattern.converters)
+    return frozenset(pattern.regex.groupindex)
 
 
 def _shown(pattern: Any, inside: bool) -> str:
     text = str(pattern)
     return re.sub(r"^\^", "", text) if inside else text
-
-
-def _by_language(resolver: URLResolver) -> Iterator[bool]:
-    """Prefixes of ``i18n_patterns``, and patterns given as lazily translated strings."""
-    for entry in resolver.url_patterns:
-        pattern = entry.pattern
-        route = getattr(pattern, "_route", getattr(pattern, "_regex", ""))
-        yield isinstance(pattern, LocalePrefixPattern) or not isinstance(route, str)
-        if isinstance(entry, URLResolver):
-            yield from _by_language(entry)
