@@ -20,8 +20,9 @@ from asgiref.sync import AsyncToSync
 from django.apps import apps
 from django.db import connections
 from django.dispatch import dispatcher
+from django.utils.log import log_response
 
-from tornjango import blocking, green
+from tornjango import blocking, failures, green
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -45,6 +46,14 @@ def _receivers_of_django(fn: Function) -> bool:
     return receivers is not None and all(_of_django(receiver) for receiver in receivers)
 
 
+def _of_handler(fn: Function) -> bool:
+    """What Django's handler does around a view: not the view, nor a project's middleware."""
+    owner = getattr(fn, "__self__", None)
+    if fn.__name__ == "process_exception_by_middleware":
+        return all(getattr(hook, "on_loop", False) for hook in owner._exception_middleware)  # type: ignore[union-attr]
+    return fn is log_response or (fn.__name__ == "render" and getattr(owner, "is_rendered", False))
+
+
 def _of_quick_cache(fn: Function) -> bool:
     """Not ``get_or_set``, which may call a function of the project's for the value."""
     cache = getattr(fn, "__self__", None)
@@ -53,6 +62,8 @@ def _of_quick_cache(fn: Function) -> bool:
 
 #: Modules of Django, and which of the functions that they hand to ``sync_to_async`` run green.
 MODULES: dict[str, Callable[[Function], bool]] = {
+    "django.core.handlers.base": _of_handler,
+    "django.core.handlers.exception": _any,
     "django.db.models.base": _any,
     "django.db.models.query": _any,
     "django.db.models.fields.related_descriptors": _any,
@@ -111,13 +122,16 @@ class Replacement(NamedTuple):
     before: Any
 
 
+#: What is there by inheritance, or from the object's class.
+_INHERITED = object()
+
 _replaced: list[Replacement] = []
 
 
 def install() -> None:
     """Until `uninstall`, Django's own ``a``-prefixed methods run green, ``async_to_sync`` waits in green code, and what
     blocks there goes aside (``tornjango.blocking``)."""
-    going_aside = [*blocking.replacements()]
+    going_aside = [*blocking.replacements(), *failures.replacements()]
     for name, is_known in MODULES.items():
         module = _module(name)
         if module is not None and hasattr(module, "sync_to_async"):
@@ -134,12 +148,15 @@ def install() -> None:
 def uninstall() -> None:
     while _replaced:
         owner, name, before = _replaced.pop()
-        setattr(owner, name, before)
+        if before is _INHERITED:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
     blocking.forget()
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:
-    _replaced.append(Replacement(owner, name, vars(owner)[name]))
+    _replaced.append(Replacement(owner, name, vars(owner).get(name, _INHERITED)))
     setattr(owner, name, value)
 
 
@@ -173,7 +190,7 @@ def _sync_to_async(
     thread_sensitive: bool = True,
     **options: Any,
 ) -> Callable[..., Coroutine[Any, Any, Any]]:
-    if thread_sensitive and is_known(fn):
+    if is_known(fn):
         return functools.partial(green.run, fn)
     return asgiref.sync.sync_to_async(fn, thread_sensitive=thread_sensitive, **options)
 

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial, wraps
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
-from asgiref.sync import _restore_context, sync_to_async
+from asgiref.sync import sync_to_async
 from django.views.decorators.debug import coroutine_functions_to_sensitive_variables
 from greenlet import GreenletExit, getcurrent, greenlet
 

@@ -4,23 +4,30 @@ Under ASGI, ``MiddlewareMixin`` sends every ``process_request`` and ``process_re
 cannot know whether they wait. Django's own are known: ``WAITS`` says of each when it would, and then it runs green. So
 its queries need no thread. What else it may wait for (a cache or a session store elsewhere, mail, a large form) takes one
 by itself: see ``tornjango.blocking``, which decides by the class that SESSION_ENGINE, CACHES and the like name.
+
+Sync code of others has a worker thread. Django runs sync middleware together with all that is around it and can be sync:
+one stretch, in one thread (``tornjango.stretches``). ``LOOP_MIDDLEWARE`` names what runs green instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import functools
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from asgiref.sync import iscoroutinefunction, sync_to_async
+from asgiref.sync import async_to_sync, iscoroutinefunction, sync_to_async
 from django.conf import settings
+from django.core.handlers import base
 from django.core.handlers.base import BaseHandler
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 from django.urls import ResolverMatch
 from django.utils.deprecation import MiddlewareMixin
 
-from tornjango import green, routing
-from tornjango.requests import PARSED_ON_THE_LOOP
+from tornjango import green, routing, stretches
+from tornjango.conf import get_config
+from tornjango.exceptions import ConfigurationError
 from tornjango.views import AsyncView, View, adapt
 
 Waits = Callable[..., bool]
@@ -38,8 +45,9 @@ def _csrf_in_session(*args: Any) -> bool:
     return bool(settings.CSRF_USE_SESSIONS)
 
 
-def _csrf_reads_body(request: HttpRequest, *args: Any) -> bool:
-    return _csrf_in_session() or getattr(request, "body_size", 0) > PARSED_ON_THE_LOOP
+def _csrf_checks(request: HttpRequest, *args: Any) -> bool:
+    """It may read a large form, and its page for who is turned away may query."""
+    return _csrf_in_session() or request.method not in ("GET", "HEAD", "OPTIONS", "TRACE")
 
 
 def _saves_session(request: HttpRequest, response: HttpResponseBase) -> bool:
@@ -82,7 +90,7 @@ WAITS: dict[str, Waits] = {
     "django.middleware.csp.ContentSecurityPolicyMiddleware.process_request": _never,
     "django.middleware.csp.ContentSecurityPolicyMiddleware.process_response": _never,
     "django.middleware.csrf.CsrfViewMiddleware.process_request": _csrf_in_session,
-    "django.middleware.csrf.CsrfViewMiddleware.process_view": _csrf_reads_body,
+    "django.middleware.csrf.CsrfViewMiddleware.process_view": _csrf_checks,
     "django.middleware.csrf.CsrfViewMiddleware.process_response": _csrf_in_session,
     "django.middleware.http.ConditionalGetMiddleware.process_response": _never,
     "django.middleware.locale.LocaleMiddleware.process_request": _never,
@@ -143,14 +151,128 @@ def _in_two_ways(hook: Callable[..., Any] | None) -> tuple[Any, Any]:
     return (hook, None) if waits_of(hook) is _never else (None, on_loop(hook))
 
 
+def is_sync_inside(middleware: Any) -> bool:
+    """Whether it only looks async: ``MiddlewareMixin`` would hand each of its hooks to a thread, for itself.
+
+    What such a hook keeps in a ``threading.local`` is meant for the view, and for the hooks to come.
+    """
+    if not isinstance(middleware, type) or not issubclass(middleware, MiddlewareMixin):
+        return False
+    if middleware.__module__.startswith("django."):
+        return False
+    if middleware.__acall__ is not MiddlewareMixin.__acall__:
+        return False
+    own_call: Any = middleware.__call__
+    if own_call is not MiddlewareMixin.__call__:
+        return not iscoroutinefunction(own_call)
+    hooks = (getattr(middleware, name, None) for name in ("process_request", "process_view"))
+    return any(hook is not None and not iscoroutinefunction(hook) for hook in hooks)
+
+
+def put_on_loop(middleware: Any) -> Any:
+    """A factory of what does the same as sync ``middleware``, in green code."""
+
+    def factory(get_response: Any) -> Any:
+        instance = middleware(async_to_sync(get_response))
+        if instance is None:
+            return None
+
+        @functools.wraps(middleware, updated=())
+        async def call(request: HttpRequest) -> HttpResponseBase:
+            response: HttpResponseBase = await green.run(instance, request)
+            return response
+
+        for name in ("process_view", "process_template_response"):
+            if (hook := getattr(instance, name, None)) is not None:
+                setattr(call, name, _green_hook(hook))
+        if (hook := getattr(instance, "process_exception", None)) is not None:
+            call.process_exception = _on_loop_already(hook)  # type: ignore[attr-defined]
+        return call
+
+    factory.sync_capable = False  # type: ignore[attr-defined]
+    factory.async_capable = True  # type: ignore[attr-defined]
+    return factory
+
+
+def _green_hook(hook: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+    async def call(*args: Any) -> Any:
+        return await green.run(hook, *args)
+
+    call.__self__ = getattr(hook, "__self__", hook)  # type: ignore[attr-defined]  # Django asks for it
+    return call
+
+
+def _on_loop_already(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Django calls it sync, together with the others of its kind."""
+
+    def call(*args: Any) -> Any:
+        return hook(*args)
+
+    call.on_loop = True  # type: ignore[attr-defined]
+    return call
+
+
+class _Importer:
+    """What Django's handler imports middleware with: each comes with what Django is to take it for."""
+
+    def __init__(self, import_string: Callable[[str], Any]) -> None:
+        self.import_string = import_string
+        self.green = set(get_config().LOOP_MIDDLEWARE)
+        if unknown := self.green.difference(settings.MIDDLEWARE):
+            raise ConfigurationError(
+                'TORNJANGO["LOOP_MIDDLEWARE"] names what is not in MIDDLEWARE: '
+                f"{', '.join(sorted(unknown))}."
+            )
+        sync = [path in self.green or not self._is_sync(path) for path in settings.MIDDLEWARE]
+        outermost = sync.index(False) if False in sync else 0
+        #: Outside of all stretches: Django would take those into the outermost one which can be sync.
+        self.outside = set(settings.MIDDLEWARE[:outermost])
+
+    def _is_sync(self, path: str) -> bool:
+        middleware = self.import_string(path)
+        return not getattr(middleware, "async_capable", False) or is_sync_inside(middleware)
+
+    def __call__(self, path: str) -> Any:
+        middleware = self.import_string(path)
+        if path in self.green:
+            return put_on_loop(middleware) if self._is_sync(path) else middleware
+        taken: Any = functools.partial(middleware)
+        if path in self.outside:
+            taken.async_capable, taken.sync_capable = True, False
+            return taken
+        # A partial says nothing, and that is to be sync.
+        return taken if is_sync_inside(middleware) else middleware
+
+
+@contextmanager
+def _imported_by(find: Callable[[str], Any]) -> Iterator[None]:
+    """Inside, Django's handler imports middleware with ``find``."""
+    module: Any = base
+    before, module.import_string = module.import_string, find
+    try:
+        yield
+    finally:
+        module.import_string = before
+
+
 class Chain(BaseHandler):
     """Django's request handling, from the first middleware to the view and back."""
 
-    def __init__(self, views: dict[View, AsyncView]) -> None:
-        """``views`` holds what to await for each view, made at start; others are adapted when they are met."""
+    def __init__(self, views: Mapping[View, Collection[str]]) -> None:
+        """``views`` are those of the URLconf, with the groups that their patterns fill; others are adapted when met.
+
+        Raises ``ConfigurationError`` for a name in ``LOOP_MIDDLEWARE`` that ``MIDDLEWARE`` has not.
+        """
         super().__init__()
-        self._views = views
         self.load_middleware(is_async=True)
+        #: Nobody wants to see a response before it is rendered.
+        self._render = not self._template_response_middleware  # type: ignore[attr-defined]
+        self._views = {view: adapt(view, groups, self._render) for view, groups in views.items()}
+
+    def load_middleware(self, is_async: bool = False) -> None:
+        with _imported_by(_Importer(base.import_string)):  # type: ignore[attr-defined]
+            super().load_middleware(is_async)
+        stretches.find_locals()
 
     def adapt_method_mode(
         self,
@@ -171,6 +293,8 @@ class Chain(BaseHandler):
             keep_on_loop(instance)
         if is_async and method_is_async is None and not iscoroutinefunction(method):
             return on_loop(method)
+        if is_async and method_is_async is False:
+            method = stretches.stretch(method)
         return super().adapt_method_mode(is_async, method, method_is_async, debug, name)
 
     def resolve_request(self, request: HttpRequest) -> ResolverMatch:
@@ -187,4 +311,4 @@ class Chain(BaseHandler):
         try:
             return self._views[view]
         except (KeyError, TypeError):  # not in the URLconf, or not hashable
-            return adapt(view)
+            return adapt(view, (), self._render)

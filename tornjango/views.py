@@ -24,7 +24,8 @@ from tornjango import responses, templates
 from tornjango.conf import get_config
 from tornjango.db.atomic import shared_atomic
 from tornjango.exceptions import Overloaded
-from tornjango.green import adopt
+from tornjango.failures import busy
+from tornjango.green import adopt, is_chosen
 from tornjango.green import run as run_green
 from tornjango.responses import DeferredResponse
 
@@ -118,56 +119,80 @@ def _with_sync_mode(view: SyncView, mode: str) -> SyncView:
     return cast(SyncView, marked)
 
 
-def runs_green(view: View) -> bool:
-    """Whether a view runs on the loop where it is sync."""
-    view = view.func if isinstance(view, functools.partial) else view
-    mode: str = getattr(view, "_sync_mode", None) or get_config().SYNC_VIEWS
-    return mode == "green"
+#: Whether a view runs on the loop where it is sync.
+runs_green = is_chosen
 
 
-def adapt(view: View, groups: Collection[str] = ()) -> AsyncView:
+def adapt(view: View, groups: Collection[str] = (), render: bool = False) -> AsyncView:
     """What is awaited to call ``view``, in the transactions of ATOMIC_REQUESTS.
 
-    Work for the start of the server: a request only calls the result.
+    A TemplateResponse is rendered where its view has run: by Django's handler, or, with ``render``, right after a view
+    in a worker thread, which saves it another way there. Work for the start of the server: a request only calls the
+    result.
     """
     aliases = _atomic_aliases(view)
-    call = _in_transactions(view, aliases) if iscoroutinefunction(view) else _sync(view, aliases)
+    if iscoroutinefunction(view):
+        call = _rendering_green(_in_transactions(view, aliases))
+    else:
+        call = _sync(view, aliases, render)
     methods = methods_of(view)
     deferring = {name for name, method in methods.items() if _takes_response(method, groups)}
     if deferring:
         if "GET" in deferring and "HEAD" not in methods:  # View.setup() has get() answer it
             deferring.add("HEAD")
-        call = _by_method(_in_transactions(deferred(view), aliases), call, deferring)
+        call = _by_method(_deferred_whole(view, aliases), call, deferring)
     elif _takes_response(view, groups):
-        call = _in_transactions(deferred(view), aliases)
+        call = _deferred_whole(view, aliases)
     return _guarded(call, view)
 
 
-def _sync(view: View, aliases: Collection[str]) -> AsyncView:
+def _deferred_whole(view: View, aliases: Collection[str]) -> AsyncView:
+    return _rendering_green(_in_transactions(deferred(view), aliases))
+
+
+def _sync(view: View, aliases: Collection[str], render: bool) -> AsyncView:
     whole = view
     for alias in aliases:
         whole = transaction.atomic(using=alias)(whole)
     if not runs_green(view):
-        return sync_to_async(whole)
+        return sync_to_async(_rendering(whole) if render else whole)
+    return _rendering_green(functools.partial(run_green, whole))
 
-    async def call(*args: Any, **kwargs: Any) -> HttpResponseBase:
-        return _rendered_green(await run_green(whole, *args, **kwargs))
+
+def _is_unrendered(response: Any) -> bool:
+    return isinstance(response, SimpleTemplateResponse) and not response.is_rendered
+
+
+def _rendering(view: View) -> View:
+    @functools.wraps(view, updated=())
+    def call(*args: Any, **kwargs: Any) -> Any:
+        response = view(*args, **kwargs)
+        return response.render() if _is_unrendered(response) else response
 
     return call
 
 
-def _rendered_green(response: Any) -> HttpResponseBase:
+def _rendering_green(view: AsyncView) -> AsyncView:
     """Django's handler renders a TemplateResponse after the view: in a thread, unless that is to be awaited."""
-    if not isinstance(response, SimpleTemplateResponse) or response.is_rendered:
-        return cast(HttpResponseBase, response)
+
+    async def call(*args: Any, **kwargs: Any) -> HttpResponseBase:
+        response = await view(*args, **kwargs)
+        if _is_unrendered(response):
+            response.render = _render_green(response)  # type: ignore[attr-defined]
+        return response
+
+    return call
+
+
+def _render_green(response: Any) -> Callable[[], Awaitable[SimpleTemplateResponse]]:
     render = response.render
 
     async def arender() -> SimpleTemplateResponse:
         del response.render  # it may be pickled, for a cache
-        return await run_green(render)
+        rendered: SimpleTemplateResponse = await run_green(render)
+        return rendered
 
-    response.render = arender  # type: ignore[method-assign,assignment]
-    return response
+    return arender
 
 
 def _atomic_aliases(view: View) -> list[str]:
@@ -214,12 +239,7 @@ def _guarded(call: AsyncView, view: View) -> AsyncView:
         try:
             return await call(request, *args, **kwargs)
         except Overloaded as exc:
-            response = _plain(503, "The server is busy. Please try again in a moment.")
-            response["Retry-After"] = str(exc.retry_after)
-            text = "%s is answered 503: %s"
-            arguments = (view_name(view), exc)
-            log_response(text, *arguments, response=response, request=request, logger=logger)
-            return response
+            return await run_green(busy, exc, view_name(view), request)
 
     return guarded
 
