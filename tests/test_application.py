@@ -3,15 +3,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
+from django.http import Http404
 from django.test import override_settings
+from django.urls.converters import IntConverter
 from tornado.httpclient import AsyncHTTPClient
 from tornado.web import RequestHandler
 from tornado.websocket import websocket_connect
 
 import tornjango
 from tests import views
+from tests.serving import serving
 from tornjango.db import pools
 from tornjango.exceptions import ConfigurationError
 from tornjango.handlers import DjangoHandler
@@ -85,6 +89,18 @@ def test_a_wrong_setting_is_an_error_that_names_it() -> None:
         pytest.raises(ConfigurationError, match="THREADS"),
     ):
         tornjango.Application()
+
+
+@pytest.mark.parametrize(("error", "status"), [(Http404(), 404), (RuntimeError("converter"), 500)])
+@pytest.mark.gen_test
+async def test_what_a_converter_raises_is_answered_as_what_a_view_raises(
+    error: Exception, status: int, error_log: list[Any]
+) -> None:
+    with mock.patch.object(IntConverter, "to_python", side_effect=error):
+        async with serving(ROOT_URLCONF="tests.urls") as site:
+            assert (await site.request("/sync/1/")).status == status
+    if status == 500:
+        assert error_log.pop().getMessage() == "Internal Server Error: /sync/1/"
 
 
 @pytest.mark.gen_test

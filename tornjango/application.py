@@ -141,7 +141,10 @@ class DjangoRouter(Router):
         if application.static is not None and application.static.should_handle(request.path):
             return BodyReceiver(application, request, StaticHandler, None)
         path = path_info(request.path, script_name())
-        match = application.routes.match(path)
+        try:
+            match = application.routes.match(path)
+        except Exception:  # noqa: BLE001  a converter's own: Django meets it again, where it answers errors
+            return BodyReceiver(application, request, DjangoHandler, None)
         if match is None:  # Django's middleware may know better, and its 404 page says more
             return BodyReceiver(application, request, DjangoHandler, None)
         if is_handler(match.func):
