@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from urllib.parse import unquote_to_bytes
 
 import pytest
@@ -18,7 +19,7 @@ from tornado.httputil import HTTPHeaders, HTTPInputError, RequestStartLine
 from tests import views
 from tests.serving import serving
 from tornjango.bodies import Body
-from tornjango.requests import ServerRequest, path_info
+from tornjango.requests import ServerRequest, TornadoRequest, path_info
 
 BOUNDARY = "frontier"
 MIB = 1024 * 1024
@@ -246,6 +247,16 @@ async def test_a_script_name_stands_before_every_path() -> None:
         assert known["META"]["SCRIPT_NAME"] == "/app"
         known = json.loads((await site.request("/whole/a/")).body)
         assert known["path"] == "/app/whole/a/"
+
+
+def test_the_environ_of_wsgi_is_there() -> None:
+    connection: Any = mock.Mock(context=mock.Mock(remote_ip="127.0.0.1", protocol="http"))
+    connection.context.server_address = ("127.0.0.1", "80")
+    headers = HTTPHeaders({"Host": "localhost"})
+    line = RequestStartLine("GET", "/", "HTTP/1.1")
+    request = TornadoRequest(ServerRequest(connection, line, headers), Body())
+    assert request.environ is request.META
+    assert request.environ["PATH_INFO"] == "/"
 
 
 # Bodies

@@ -175,6 +175,11 @@ class TornadoRequest(HttpRequest):
             meta["CONTENT_LENGTH"] = str(self.body_size)
         return meta
 
+    @property
+    def environ(self) -> dict[str, Any]:
+        """``META``, under the name that it has in Django's ``WSGIRequest``; without ``wsgi.input``: read the request."""
+        return self.META
+
     @cached_property
     def headers(self) -> HttpHeaders:
         return HttpHeaders(self.META)
