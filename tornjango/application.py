@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import weakref
+from functools import partial
 from typing import Any
 
 import django
 from django.apps import apps
-from django.conf import settings
 from django.urls import NoReverseMatch, reverse
 from django.utils.module_loading import autodiscover_modules
 from tornado.httputil import HTTPHeaders, HTTPInputError, HTTPMessageDelegate, HTTPServerRequest
 from tornado.routing import AnyMatches, Router, Rule
 from tornado.web import Application as TornadoApplication
-from tornado.web import RequestHandler
+from tornado.web import RequestHandler, _HandlerDelegate
 
 from tornjango import access, templates
 from tornjango.access import Answer, Unread
 from tornjango.bodies import BodyReceiver
-from tornjango.conf import Config, get_config
+from tornjango.conf import get_config
 from tornjango.db import pools
 from tornjango.handlers import DjangoHandler
 from tornjango.middleware import Chain
@@ -28,7 +29,7 @@ from tornjango.proxies import Proxies
 from tornjango.requests import ServerRequest, path_info, script_name
 from tornjango.routing import Route, Routes, is_handler
 from tornjango.sending import refuse_on
-from tornjango.staticfiles import Media, StaticFiles, StaticRoot
+from tornjango.staticfiles import StaticFiles, StaticHandler
 from tornjango.views import adapt, view_name
 from tornjango.workers import Workers
 
@@ -48,14 +49,10 @@ class Application(TornadoApplication):
         default_host: str | None = None,
         transforms: Any = None,
         *,
-        staticfiles: bool | None = None,
+        staticfiles: bool = False,
         **settings: Any,
     ) -> None:
-        """With ``staticfiles`` the files of apps are found and served, as in development; with False, no static files.
-
-        Without it, those of ``STATIC_ROOT`` are, if ``TORNJANGO["STATIC"]`` says so and ``DEBUG`` is off. Raises what
-        importing the URLconf raises, and ``ConfigurationError`` for a wrong setting.
-        """
+        """Raises what importing the URLconf raises, and ``ConfigurationError`` for a wrong setting."""
         if not apps.ready:
             django.setup()
         config = get_config()
@@ -74,9 +71,10 @@ class Application(TornadoApplication):
         self.in_flight: set[DjangoHandler] = set()
         #: The requests whose bodies are on their way; each is done when its handler starts, or its client leaves.
         self.arriving: set[asyncio.Future[None]] = set()
+        #: What Tornado handlers of the project's own are doing; for a WebSocket, as long as it is open.
+        self.native: dict[asyncio.Future[None], RequestHandler] = {}
         self.workers = Workers(config.THREADS, config.THREADS_QUEUE)
-        self.static = _static_files(staticfiles, config)
-        self.media = Media()
+        self.static = StaticFiles() if staticfiles else None
         self.routes = Routes()
         views = [route for route in self.routes if not route.is_handler]
         self.chain = Chain({route.callback: adapt(route.callback, route.groups) for route in views})
@@ -92,6 +90,9 @@ class Application(TornadoApplication):
 
     def start_request(self, server_conn: object, request_conn: Any) -> HTTPMessageDelegate:
         return RequestReceiver(self, server_conn, request_conn)
+
+    def get_handler_delegate(self, *args: Any, **kwargs: Any) -> NativeDelegate:
+        return NativeDelegate(self, *args, **kwargs)
 
     def answered(self, answer: Answer) -> None:
         for observer in self.observers:
@@ -127,13 +128,6 @@ class Application(TornadoApplication):
         self.workers.close()
 
 
-def _static_files(found: bool | None, config: Config) -> StaticFiles | StaticRoot | None:
-    if found:
-        return StaticFiles()
-    in_root = found is None and config.STATIC and not settings.DEBUG
-    return StaticRoot(config.STATIC_CACHE) if in_root else None
-
-
 def _handler_class(route: Route) -> type[DjangoHandler]:
     name = view_name(route.callback)
     attributes = {
@@ -151,17 +145,13 @@ class DjangoRouter(Router):
 
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> HTTPMessageDelegate:
         application = self.application
+        if application.static is not None and application.static.should_handle(request.path):
+            return BodyReceiver(application, request, StaticHandler, None)
         path = path_info(request.path, script_name())
-        if application.static is not None:
-            receiver = application.static.receiver(application, request, path)
-            if receiver is not None:
-                return receiver
         try:
             match = application.routes.match(path)
         except Exception:  # noqa: BLE001  a converter's own: Django meets it again, where it answers errors
             return BodyReceiver(application, request, DjangoHandler, None)
-        if match is None and (media := application.media.match(path)) is not None:
-            return BodyReceiver(application, request, DjangoHandler, media)
         if match is None:  # Django's middleware may know better, and its 404 page says more
             return BodyReceiver(application, request, DjangoHandler, None)
         if is_handler(match.func):
@@ -177,9 +167,43 @@ class DjangoRouter(Router):
             request,
             match.func,
             target_kwargs=match.extra_kwargs or {},
-            path_args=[str(argument) for argument in match.args],  # type: ignore[misc]
-            path_kwargs={name: str(value) for name, value in captured.items()},  # type: ignore[misc]
+            path_args=[str(argument) for argument in match.args],
+            path_kwargs={name: str(value) for name, value in captured.items()},
         )
+
+
+class NativeDelegate(_HandlerDelegate):
+    """Tornado's own way with a handler of the project's own, of which the application knows until it is done."""
+
+    def __init__(
+        self,
+        application: Application,
+        request: HTTPServerRequest,
+        target_class: type[RequestHandler],
+        target_kwargs: dict[str, Any] | None = None,
+        path_args: list[bytes] | None = None,
+        path_kwargs: dict[str, bytes] | None = None,
+    ) -> None:
+        super().__init__(application, request, target_class, target_kwargs, path_args, path_kwargs)
+        self._class = target_class
+        self._native = application.native
+        self.handler_class = self._make  # type: ignore[assignment]
+
+    def _make(self, *args: Any, **kwargs: Any) -> RequestHandler:
+        handler = self._class(*args, **kwargs)
+        # Not the handler itself: it would never be freed but by the garbage collector.
+        handler._execute = partial(self._run, weakref.ref(handler))  # type: ignore[method-assign,assignment]
+        return handler
+
+    def _run(
+        self, reference: weakref.ref[RequestHandler], *args: Any, **kwargs: Any
+    ) -> asyncio.Future[None]:
+        handler = reference()
+        assert handler is not None  # execute() has it
+        task = asyncio.ensure_future(self._class._execute(handler, *args, **kwargs))
+        self._native[task] = handler
+        task.add_done_callback(self._native.pop)
+        return task
 
 
 class RequestReceiver(HTTPMessageDelegate):

@@ -88,6 +88,11 @@ class DjangoHandler(RequestHandler):
         if not self._closing:
             self.task.cancel()
 
+    @property
+    def is_answering(self) -> bool:
+        """Whether its answer is on its way to the client already."""
+        return self._sending.begun
+
     # Its life
 
     async def _live(self) -> None:

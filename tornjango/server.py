@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
 import logging
+import os
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from signal import SIGINT, SIGQUIT, SIGTERM
+from typing import Any, ClassVar, NoReturn
 
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPInputError
 from tornado.iostream import IOStream
-from tornado.netutil import bind_sockets
+from tornado.web import RequestHandler
+from tornado.websocket import WebSocketHandler
 
 from tornjango import comet, green
 from tornjango.application import Application
@@ -28,7 +32,12 @@ from tornjango.watchdog import watching
 logger = logging.getLogger("tornjango.server")
 
 #: How long requests may take to finish when the code is reloaded in development, in seconds.
-RELOAD_TIMEOUT = 1.0
+RELOAD_TIMEOUT = 0.5
+#: How long requests may take to notice that they are ended, in seconds.
+END_TIMEOUT = 1.0
+#: How often it is looked whether the last connections have closed, in seconds.
+LINGER_STEP = 0.05
+
 
 _BARE_400 = b"HTTP/1.1 400 Bad Request\r\n\r\n"
 
@@ -97,9 +106,12 @@ def _plain_answer(status: HTTPStatus, reason: str) -> bytes:
 class ConnectionServer(HTTPServer):
     """Tornado's HTTP server, over ``ServerStream`` and with the limits of ``TORNJANGO``."""
 
-    def initialize(self, application: Application, config: Config) -> None:  # type: ignore[override]
+    def initialize(  # type: ignore[override]
+        self, application: Application, config: Config, tls: ssl.SSLContext | None
+    ) -> None:
         super().initialize(
             application,
+            ssl_options=tls,
             idle_connection_timeout=config.HEADER_TIMEOUT,
             body_timeout=config.BODY_TIMEOUT,
             max_header_size=config.MAX_HEADER_SIZE,
@@ -115,128 +127,286 @@ class ConnectionServer(HTTPServer):
 class Server:
     """Serves one application until it is told to stop; then drains and closes it."""
 
-    def __init__(self, application: Application, sockets: list[socket.socket]) -> None:
+    def __init__(
+        self,
+        application: Application,
+        sockets: list[socket.socket],
+        *,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """``sockets`` listen already, and are closed when it stops; with ``tls`` their connections are encrypted."""
         self.application = application
         self.sockets = sockets
+        self.tls = tls
         self.config = get_config()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
         self._grace = self.config.GRACEFUL_TIMEOUT
+        #: Whether connections without a request are kept for one more.
+        self._lingers = False
+        self._streams_end = False
+        self._hurry: asyncio.Future[None] | None = None
 
-    async def serve(self) -> None:
-        """Returns when ``stop`` was called and everything is closed."""
+    async def serve(self, begun: Callable[[Server], None] | None = None) -> None:
+        """Returns when ``stop`` was called and everything is closed; ``begun`` is called when requests can come."""
         self._loop = asyncio.get_running_loop()
+        self._hurry = self._loop.create_future()
         self.application.workers.install(self._loop)
         green.serve(self._loop)
-        http = ConnectionServer(self.application, self.config)
+        http = ConnectionServer(self.application, self.config, self.tls)
         http.add_sockets(self.sockets)
-        monitor = self.application.monitor
-        with watching(self.config), monitor.measuring() if monitor else contextlib.nullcontext():
-            try:
+        try:
+            monitor = self.application.monitor
+            with (
+                watching(self.config),
+                monitor.measuring() if monitor else contextlib.nullcontext(),
+            ):
+                if begun is not None:
+                    begun(self)
                 await self._stop.wait()
-            finally:
-                await self._drain(http)
+        finally:
+            await self._drain(http)
 
-    def stop(self, grace: float | None = None) -> None:
-        """Begins an orderly stop, from any thread; a second call ends the waiting for requests in flight.
+    def stop(self, grace: float | None = None, *, streams: bool = True) -> None:
+        """Begins an orderly stop, from any thread; a second call is ``end``.
 
         ``grace`` is how long requests in flight may take, in seconds (``TORNJANGO["GRACEFUL_TIMEOUT"]`` unless given).
+        Without ``streams``, answers that are on their way already are broken off at once.
         """
-        if self._loop is None:  # a signal came before the loop
-            self._begin_stop(grace)
-        elif not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._begin_stop, grace)
+        self._call(self._begin_stop, grace, streams)
 
-    def _begin_stop(self, grace: float | None) -> None:
-        if self._stop.is_set():
-            self._end_all()
-        elif grace is not None:
+    def leave(self) -> None:
+        """As ``stop``, where another server has taken over these sockets: no request is lost to a closed connection.
+
+        A connection that is open is kept for one more request, as long as requests in flight may take.
+        """
+        self._call(self._begin_leave)
+
+    def end(self) -> None:
+        """Stops, from any thread, without waiting: requests in flight are answered 503."""
+        self._call(self._begin_end)
+
+    def _call(self, step: Callable[..., None], *args: Any) -> None:
+        if self._loop is None:  # a signal came before the loop
+            step(*args)
+        elif not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(step, *args)
+
+    def _begin_stop(self, grace: float | None, streams: bool) -> None:
+        if self._stop.is_set() and not self._lingers:
+            self._begin_end()
+            return
+        if grace is not None:
             self._grace = grace
+        self._lingers, self._streams_end = False, not streams
         self._stop.set()
+
+    def _begin_leave(self) -> None:
+        if not self._stop.is_set():
+            self._lingers = True
+            self._stop.set()
+
+    def _begin_end(self) -> None:
+        self._lingers, self._grace = False, 0
+        self._stop.set()
+        if self._hurry is not None and not self._hurry.done():
+            self._hurry.set_result(None)
 
     async def _drain(self, http: HTTPServer) -> None:
         """No new connections; parked readers are answered; requests in flight finish, or are told to come back."""
         http.stop()
         self.application.draining = True
         comet.drain()
-        if not await self._all_answered(self._grace):
-            count = len(self.application.in_flight) + len(self.application.arriving)
-            logger.warning("%d requests did not finish in %g s", count, self._grace)
+        self._close_sockets_of_pages()
+        if self._streams_end:
+            self._end_streams()
+        await self._all_answered(self._grace, http)
+        if unfinished := self._unfinished():
+            if self._grace:
+                logger.warning("%d requests did not finish in %g s", len(unfinished), self._grace)
             self._end_all()
-            await self._all_answered(1)
+            await self._all_answered(END_TIMEOUT, None)
         await http.close_all_connections()
         await self.application.close()
+
+    def _close_sockets_of_pages(self) -> None:
+        """WebSockets hear that the server goes away (RFC 6455, 7.4.1); they count as requests until they are closed."""
+        for handler in self.application.native.values():
+            if isinstance(handler, WebSocketHandler):
+                handler.close(1001, "The server is stopping.")
+
+    def _end_streams(self) -> None:
+        for handler in list(self.application.in_flight):
+            if handler.is_answering:
+                handler.stop()
 
     def _end_all(self) -> None:
         """Those that are being answered are answered 503; those still arriving are not waited for."""
         for handler in list(self.application.in_flight):
             handler.stop()
+        for task, native in list(self.application.native.items()):
+            _end_native(task, native)
         for arrival in self.application.arriving:
             if not arrival.done():
                 arrival.set_result(None)
 
-    async def _all_answered(self, limit: float) -> bool:
-        deadline = time.monotonic() + limit
-        while unfinished := self._unfinished():
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            await asyncio.wait(unfinished, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-        return True
+    async def _all_answered(self, limit: float, http: HTTPServer | None) -> None:
+        """Returns when nothing is unfinished, after ``limit`` seconds, or when ``end`` was called.
 
-    def _unfinished(self) -> set[asyncio.Future[None]]:
-        return {handler.task for handler in self.application.in_flight} | self.application.arriving
+        With ``http`` its connections are waited for, too, while they are worth it.
+        """
+        deadline = time.monotonic() + limit
+        while True:
+            unfinished, lingers = self._unfinished(), http is not None and self._keeps(http)
+            left = deadline - time.monotonic()
+            if left <= 0 or not (unfinished or lingers):
+                return
+            if lingers:  # that a connection closes is not told
+                left = min(left, LINGER_STEP)
+            if http is not None and self._hurry is not None:
+                if self._hurry.done():
+                    return
+                unfinished.add(self._hurry)
+            await asyncio.wait(unfinished, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+
+    def _keeps(self, http: HTTPServer) -> bool:
+        return self._lingers and bool(http._connections)
+
+    def _unfinished(self) -> set[asyncio.Future[Any]]:
+        answering = {handler.task for handler in self.application.in_flight}
+        return answering | set(self.application.native) | self.application.arriving
+
+
+def _end_native(task: asyncio.Future[None], handler: RequestHandler) -> None:
+    """A handler of the user's own, as far as Tornado lets it be ended: 503 where it has not begun to answer."""
+    if isinstance(handler, WebSocketHandler) and handler.ws_connection is not None:
+        handler.ws_connection._abort()  # it was told, and has not answered
+    elif not handler._headers_written:
+        handler.set_header("Retry-After", "1")
+        handler.send_error(503)
+    task.cancel()
 
 
 class RunserverAdapter:
-    """What Django's ``runserver`` takes for its WSGI server class: bound when made, then given its application."""
+    """What Django's ``runserver`` takes for its WSGI server class: bound when made, then given its application.
+
+    Each run of a command has a subclass with that ``command``, which knows where to listen, and how to serve there.
+    """
 
     daemon_threads = True  # runserver sets it, for a mixin that is not needed here
+    command: ClassVar[Any]
 
     def __init__(
         self, address: tuple[str, int], handler: object = None, ipv6: bool = False
     ) -> None:
         """Raises ``OSError``, which runserver explains."""
-        family = socket.AF_INET6 if ipv6 else socket.AF_INET
-        self.sockets = bind_sockets(address[1], address[0], family)
-        self.server_port = self.sockets[0].getsockname()[1]
+        self.sockets: list[socket.socket] = self.command.listen(*address, ipv6=ipv6)
+        name = self.sockets[0].getsockname()
+        self.server_port = name[1] if isinstance(name, tuple) else 0
 
-    def set_app(self, application: Application) -> None:
-        self.server = Server(application, self.sockets)
+    def set_app(self, application: Application | None) -> None:
+        self.application = application
 
     def serve_forever(self) -> None:
-        """Returns after SIGINT or SIGTERM, when everything is closed."""
-        with _stopping(self.server):
-            asyncio.run(self.server.serve())
+        """Returns when everything is closed."""
+        self.command.serve(self.application, self.sockets)
+
+
+def serve(server: Server) -> None:
+    """Returns after SIGINT or SIGTERM, or `stopped_at_exit`, when everything is closed."""
+    if threading.current_thread() is threading.main_thread():
+        _serve_alone(server)
+    else:
+        _serve_beside(server)
+
+
+def _serve_alone(server: Server) -> None:
+    with on_signals({SIGINT: server.stop, SIGTERM: server.stop, SIGQUIT: server.end}):
+        run(server)
+
+
+def run(server: Server, begun: Callable[[Server], None] | None = None) -> None:
+    """Serves, in a process that has nothing else to do: it ends with the server.
+
+    Python would wait without end for a worker thread whose call does not return.
+    """
+    asyncio.run(_serve_and_go(server, begun))
+
+
+async def _serve_and_go(server: Server, begun: Callable[[Server], None] | None) -> None:
+    await server.serve(begun)
+    if calls := server.application.workers.pool.unfinished:
+        _go_at_once(calls, 0)
+
+
+def _go_at_once(calls: int, code: int) -> NoReturn:
+    logger.warning(
+        "%d calls in worker threads did not return: the process ends without them", calls
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    logging.shutdown()
+    os._exit(code)
 
 
 @contextlib.contextmanager
-def _stopping(server: Server) -> Iterator[None]:
-    """Stops ``server`` in order when the process is to end.
-
-    Signals reach the main thread only. Where Django's autoreloader has it, the server runs in a daemon thread: then the
-    reloader's exit, for a signal or for changed code, waits for the server.
-    """
-    if threading.current_thread() is threading.main_thread():
-        before = {
-            number: signal.signal(number, lambda *_: server.stop())
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        return
-    done = threading.Event()
-
-    def stop_at_exit() -> None:
-        server.stop(min(RELOAD_TIMEOUT, server.config.GRACEFUL_TIMEOUT))
-        done.wait(RELOAD_TIMEOUT + 2)
-
-    atexit.register(stop_at_exit)
+def on_signals(handlers: Mapping[signal.Signals, Callable[[], None]]) -> Iterator[None]:
+    before = {
+        number: signal.signal(number, lambda *_, step=step: step())
+        for number, step in handlers.items()
+    }
     try:
         yield
     finally:
-        done.set()
-        atexit.unregister(stop_at_exit)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# Beside Django's autoreloader, which has the main thread, and with it all signals
+
+
+@dataclass
+class _Beside:
+    server: Server
+    done: threading.Event
+
+
+_beside: _Beside | None = None
+
+
+def _serve_beside(server: Server) -> None:
+    global _beside
+    _beside = _Beside(server, threading.Event())
+    try:
+        asyncio.run(server.serve())
+    finally:
+        _beside.done.set()
+
+
+@contextlib.contextmanager
+def stopped_at_exit() -> Iterator[None]:
+    """Stops the server of the autoreloader's other thread when the process ends or restarts, on the main thread.
+
+    What is on its way to a client is broken off, and other requests have ``RELOAD_TIMEOUT``: who changes code wants to
+    see the change.
+    """
+    code: Any = 0
+    try:
+        yield
+    except SystemExit as exc:
+        code = exc.code
+        raise
+    finally:
+        if _beside is not None:
+            _stop_beside(_beside, code if isinstance(code, int) else 1)
+
+
+def _stop_beside(beside: _Beside, code: int) -> None:
+    beside.server.stop(min(RELOAD_TIMEOUT, beside.server.config.GRACEFUL_TIMEOUT), streams=False)
+    try:
+        beside.done.wait(RELOAD_TIMEOUT + END_TIMEOUT + 1)
+    except KeyboardInterrupt:
+        beside.server.end()
+        beside.done.wait(END_TIMEOUT + 1)
+    if calls := beside.server.application.workers.pool.unfinished:
+        _go_at_once(calls, code)
