@@ -10,6 +10,7 @@ from typing import Any
 
 import django
 from django.apps import apps
+from django.conf import settings
 from django.urls import NoReverseMatch, reverse
 from django.utils.module_loading import autodiscover_modules
 from tornado.httputil import HTTPHeaders, HTTPInputError, HTTPMessageDelegate, HTTPServerRequest
@@ -20,7 +21,7 @@ from tornado.web import RequestHandler, _HandlerDelegate
 from tornjango import access, templates
 from tornjango.access import Answer, Unread
 from tornjango.bodies import BodyReceiver
-from tornjango.conf import get_config
+from tornjango.conf import Config, get_config
 from tornjango.db import pools
 from tornjango.handlers import DjangoHandler
 from tornjango.middleware import Chain
@@ -29,8 +30,8 @@ from tornjango.proxies import Proxies
 from tornjango.requests import ServerRequest, path_info, script_name
 from tornjango.routing import Route, Routes, is_handler
 from tornjango.sending import refuse_on
-from tornjango.staticfiles import StaticFiles, StaticHandler
-from tornjango.views import adapt, view_name
+from tornjango.staticfiles import Media, StaticFiles, StaticRoot
+from tornjango.views import view_name
 from tornjango.workers import Workers
 
 logger = logging.getLogger("tornjango.application")
@@ -49,10 +50,14 @@ class Application(TornadoApplication):
         default_host: str | None = None,
         transforms: Any = None,
         *,
-        staticfiles: bool = False,
+        staticfiles: bool | None = None,
         **settings: Any,
     ) -> None:
-        """Raises what importing the URLconf raises, and ``ConfigurationError`` for a wrong setting."""
+        """With ``staticfiles`` the files of apps are found and served, as in development; with False, no static files.
+
+        Without it, those of ``STATIC_ROOT`` are, if ``TORNJANGO["STATIC"]`` says so and ``DEBUG`` is off. Raises what
+        importing the URLconf raises, and ``ConfigurationError`` for a wrong setting.
+        """
         if not apps.ready:
             django.setup()
         config = get_config()
@@ -74,10 +79,11 @@ class Application(TornadoApplication):
         #: What Tornado handlers of the project's own are doing; for a WebSocket, as long as it is open.
         self.native: dict[asyncio.Future[None], RequestHandler] = {}
         self.workers = Workers(config.THREADS, config.THREADS_QUEUE)
-        self.static = StaticFiles() if staticfiles else None
+        self.static = _static_files(staticfiles, config)
+        self.media = Media()
         self.routes = Routes()
         views = [route for route in self.routes if not route.is_handler]
-        self.chain = Chain({route.callback: adapt(route.callback, route.groups) for route in views})
+        self.chain = Chain({route.callback: route.groups for route in views})
         #: A handler class for each view of the URLconf.
         self.handler_classes = {route.callback: _handler_class(route) for route in views}
         self.problems = templates.registry.fill()
@@ -128,6 +134,13 @@ class Application(TornadoApplication):
         self.workers.close()
 
 
+def _static_files(found: bool | None, config: Config) -> StaticFiles | StaticRoot | None:
+    if found:
+        return StaticFiles()
+    in_root = found is None and config.STATIC and not settings.DEBUG
+    return StaticRoot(config.STATIC_CACHE) if in_root else None
+
+
 def _handler_class(route: Route) -> type[DjangoHandler]:
     name = view_name(route.callback)
     attributes = {
@@ -145,13 +158,17 @@ class DjangoRouter(Router):
 
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> HTTPMessageDelegate:
         application = self.application
-        if application.static is not None and application.static.should_handle(request.path):
-            return BodyReceiver(application, request, StaticHandler, None)
         path = path_info(request.path, script_name())
+        if application.static is not None:
+            receiver = application.static.receiver(application, request, path)
+            if receiver is not None:
+                return receiver
         try:
             match = application.routes.match(path)
         except Exception:  # noqa: BLE001  a converter's own: Django meets it again, where it answers errors
             return BodyReceiver(application, request, DjangoHandler, None)
+        if match is None and (media := application.media.match(path)) is not None:
+            return BodyReceiver(application, request, DjangoHandler, media)
         if match is None:  # Django's middleware may know better, and its 404 page says more
             return BodyReceiver(application, request, DjangoHandler, None)
         if is_handler(match.func):

@@ -103,11 +103,6 @@ class WorkerPool(ThreadPoolExecutor):
         busy = min(self._unfinished, self._max_workers)
         return {"size": self._max_workers, "busy": busy, "waiting": self._unfinished - busy}
 
-    @property
-    def unfinished(self) -> int:
-        """The calls that run, or wait for a thread."""
-        return self._unfinished
-
     def _finished(self, future: Future[Any] | None = None) -> None:
         with self._lock:
             self._unfinished -= 1
