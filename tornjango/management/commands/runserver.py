@@ -114,10 +114,14 @@ class Command(InstalledCommand):
 
     def get_handler(self, *args: Any, **options: Any) -> Any:
         reloader.install()
-        static = options.get("use_static_handler", False)
-        return Application(
-            staticfiles=static and (settings.DEBUG or options.get("insecure_serving", False))
-        )
+        return Application(staticfiles=self._finds_static(options))
+
+    def _finds_static(self, options: dict[str, Any]) -> bool | None:
+        """Whether the files of apps are served; None leaves it to ``TORNJANGO["STATIC"]``."""
+        if not options.get("use_static_handler", True):  # --nostatic
+            return False
+        asked = settings.DEBUG or options.get("insecure_serving", False)
+        return True if asked and "use_static_handler" in options else None
 
     # What its adapter asks for
 
