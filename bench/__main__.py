@@ -17,8 +17,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench import compare, environment, parked, profiling, queries
-from bench.servers import PEERS, ROOT, BenchError, Environment, Peer, Place
+from bench import compare, download, environment, parked, profiling, queries
+from bench.servers import BARE, PEERS, PSYCOPG, ROOT, BenchError, Environment, Peer, Place
 from tests.postgres import Postgres, PostgresError
 
 FULL = compare.Pace(rounds=3, seconds=3.0, warm_up=0.7, connections=20)
@@ -40,7 +40,7 @@ def main() -> int:
 
 
 def _with_default(arguments: list[str]) -> list[str]:
-    named = {"compare", "queries", "parked", "profile", "-h", "--help"}
+    named = {"compare", "queries", "parked", "download", "profile", "-h", "--help"}
     return arguments if arguments and arguments[0] in named else ["compare", *arguments]
 
 
@@ -73,13 +73,18 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--servers",
         nargs="+",
-        choices=["tornjango", "tornado"],
+        choices=(names := [peer.key for peer in parked.PEERS]),
         metavar="NAME",
-        default=["tornjango", "tornado"],
-        help="tornjango, tornado",
+        default=names,
+        help=", ".join(names),
     )
     command.add_argument("polls", type=count, nargs="?", default=5000, help="how many (5000)")
     command.set_defaults(run=run_parked)
+
+    command = commands.add_parser("download", parents=[common, paced], help="a large file")
+    command.add_argument("--clients", type=count, default=4, help="at once (4)")
+    command.add_argument("--megabytes", type=count, default=100, help="size of the file (100)")
+    command.set_defaults(run=run_download)
 
     command = commands.add_parser("profile", parents=[common], help="where a view's time goes")
     command.add_argument("view", choices=sorted(compare.VIEWS))
@@ -145,12 +150,28 @@ def run_parked(options: argparse.Namespace) -> None:
     with place(options) as (where, versions):
         fill(where, options.rows)
         peers = [peer for peer in parked.PEERS if peer.key in options.servers]
-        results = [parked.run(peer, where, options.polls) for peer in peers]
+        outcomes = [parked.run_or_fail(peer, where, options.polls) for peer in peers]
+    failures = [outcome for outcome in outcomes if isinstance(outcome, str)]
+    results = [outcome for outcome in outcomes if not isinstance(outcome, str)]
     figures = [dataclasses.asdict(result) for result in results]
     show(
         options,
-        {"versions": versions, "parked": figures},
-        f"{versions}\n\n{parked.report(results)}",
+        {"versions": versions, "parked": figures, "failures": failures},
+        f"{versions}\n\n{parked.report(results, failures)}",
+    )
+
+
+def run_download(options: argparse.Namespace) -> None:
+    with place(options) as (where, versions), download.file(options.megabytes) as path:
+        fill(where, options.rows)
+        where.env["BENCH_FILE"] = str(path)
+        peers = [peer for peer in chosen(options) if peer not in (BARE, PSYCOPG)]
+        results = [download.run(peer, where, path, options.clients) for peer in peers]
+    figures = [dataclasses.asdict(result) for result in results]
+    show(
+        options,
+        {"versions": versions, "download": figures},
+        f"{versions}\n\n{download.report(results)}",
     )
 
 
@@ -237,7 +258,7 @@ def fill(where: Place, rows: int) -> compare.Answers:
 def versions(where: Place, count: int) -> str:
     listing = "import importlib.metadata as m, sys; print(*(f'{p} {m.version(p)}' for p in sys.argv[1:]), sep=', ')"
     ours = ["django", "tornado", "momoko", "psycopg2-binary"]
-    theirs = ["django", "uvicorn", "uvloop", "httptools", "gunicorn", "psycopg"]
+    theirs = ["django", "uvicorn", "uvloop", "granian", "daphne", "gunicorn", "psycopg"]
     return "\n".join(
         [
             f"{datetime.date.today()}, Python {platform.python_version()}, {count} cores, "

@@ -21,15 +21,17 @@ VIEWS = {
     "twenty": "20 rows -> JSON, 20 aget",
     "2009": "the 2009 view",
     "page": "page for who is logged in",
+    "orm": "one row -> JSON, sync view",
+    "green": "one row -> JSON, @green",
 }
 MIDDLEWARE = {"none": "no middleware", "default": "default middleware"}
 CELLS = {
     "none": ("json", "row", "fetch", "prepared", "twenty", "2009"),
-    "default": ("json", "row", "page"),
+    "default": ("json", "row", "orm", "green", "page"),
 }
 
 # For a row of the table where only tornjango has a view: what that stands beside, of the peers.
-BESIDE = {"fetch": "row", "prepared": "row"}
+BESIDE = {"fetch": "row", "prepared": "row", "green": "orm"}
 
 Answers = dict[str, list[Exchange]]
 Cell = tuple[str, str]

@@ -13,10 +13,26 @@ from collections.abc import Callable, Iterator
 
 from bench.figures import table
 from bench.pollers import Polls
-from bench.servers import BARE, ROOT, TORNJANGO, BenchError, Peer, Place, Server, serve
+from bench.servers import (
+    BARE,
+    DAPHNE,
+    GRANIAN,
+    ROOT,
+    TORNJANGO,
+    UVICORN,
+    BenchError,
+    Peer,
+    Place,
+    Server,
+    serve,
+)
 
-PEERS = (TORNJANGO, BARE)
-POLL = {"tornjango": "/comet/poll/?channel=bench&cursor=", "bare": "/bare/poll/?cursor="}
+PEERS = (TORNJANGO, BARE, UVICORN, GRANIAN, DAPHNE)
+POLL = {
+    "tornjango": "/comet/poll/?channel=bench&cursor=",
+    "bare": "/bare/poll/?cursor=",
+    "asgi": "/asgi/poll/?cursor=",
+}
 CYCLES = 3
 WARM_UP = 100
 # How long polls may take to arrive, and how long a server may take to notice that its clients left.
@@ -89,7 +105,7 @@ class Watch:
 
 
 def run(peer: Peer, place: Place, count: int) -> Parked:
-    middleware = "default" if peer is TORNJANGO else "none"
+    middleware = "none" if peer is BARE else "default"
     with serve(peer, place, middleware=middleware) as server:
         watch = Watch(server, peer)
         warm_up(server, peer, watch)
@@ -118,6 +134,16 @@ def run(peer: Peer, place: Place, count: int) -> Parked:
         still_held=still,
         gone_seconds=gone,
     )
+
+
+def run_or_fail(peer: Peer, place: Place, count: int) -> Parked | str:
+    """A peer that does not hold so many is no reason to end the others' measurements."""
+    try:
+        return run(peer, place, count)
+    except (BenchError, OSError, ValueError) as error:
+        if peer is TORNJANGO:
+            raise
+        return f"{peer.name} failed: {str(error).splitlines()[0]}"
 
 
 def warm_up(server: Server, peer: Peer, watch: Watch) -> None:
@@ -158,7 +184,7 @@ def pollers(server: Server, peer: Peer, count: int) -> Iterator[Pollers]:
             process.kill()
 
 
-def report(results: list[Parked]) -> str:
+def report(results: list[Parked], failures: list[str]) -> str:
     lines: list[tuple[str, Callable[[Parked], str]]] = [
         ("threads", lambda r: f"{r.threads}"),
         ("memory idle, MiB", lambda r: f"{r.idle_mib:.1f}"),
@@ -173,4 +199,4 @@ def report(results: list[Parked]) -> str:
     header = [f"{results[0].polls:,} long-polls", *(r.server for r in results)]
     rows = [[name, *(text(r) for r in results)] for name, text in lines]
     rows.insert(0, ["middleware", *(r.middleware for r in results)])
-    return table(header, rows)
+    return "\n".join([table(header, rows), *failures])

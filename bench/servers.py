@@ -58,6 +58,16 @@ def _gunicorn(python: str, port: int) -> list[str]:
     return [python, "-m", "gunicorn", "bench.project.wsgi:application", *options]
 
 
+def _granian(python: str, port: int) -> list[str]:
+    options = ["--interface", "asgi", "--host", "127.0.0.1", "--port", str(port), "--no-access-log"]
+    return [python, "-m", "granian", *options, "--workers", "1", "bench.project.asgi:application"]
+
+
+def _daphne(python: str, port: int) -> list[str]:
+    options = ["-b", "127.0.0.1", "-p", str(port), "--verbosity", "0"]
+    return [python, "-m", "daphne", *options, "bench.project.asgi:application"]
+
+
 def _bare(python: str, port: int) -> list[str]:
     return [python, "-m", "bench.bare", str(port)]
 
@@ -65,10 +75,12 @@ def _bare(python: str, port: int) -> list[str]:
 TORNJANGO = Peer("tornjango", "tornjango", "tornjango", _tornjango)
 PSYCOPG = Peer("psycopg", "tornjango, psycopg 3", "tornjango", _tornjango, "psycopg")
 UVICORN = Peer("uvicorn", "uvicorn + Django ASGI", "asgi", _uvicorn, "peers")
+GRANIAN = Peer("granian", "granian + Django ASGI", "asgi", _granian, "peers")
+DAPHNE = Peer("daphne", "Daphne + Django ASGI", "asgi", _daphne, "peers")
 GUNICORN = Peer("gunicorn", "gunicorn threads + WSGI", "wsgi", _gunicorn, "peers")
 BARE = Peer("tornado", "bare Tornado handler", "bare", _bare)
 OURS = (TORNJANGO, PSYCOPG)
-PEERS = (*OURS, UVICORN, GUNICORN, BARE)
+PEERS = (*OURS, UVICORN, GRANIAN, DAPHNE, GUNICORN, BARE)
 
 
 @dataclasses.dataclass(frozen=True)

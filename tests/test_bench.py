@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from bench import download
 from bench.__main__ import FULL, QUICK, fill
 from bench.compare import CELLS, VIEWS, Pace, compare, report, views_of
 from bench.figures import Sample, Summary, cost_cell, rate_cell, shares, summarize, table
@@ -20,7 +22,19 @@ from bench.project.fill import BLOGS, PKS, year_and_sport
 from bench.queries import Counts, environments
 from bench.queries import figures as query_figures
 from bench.queries import report as query_report
-from bench.servers import BARE, GUNICORN, PEERS, PSYCOPG, TORNJANGO, UVICORN, Environment, Place
+from bench.servers import (
+    BARE,
+    DAPHNE,
+    GRANIAN,
+    GUNICORN,
+    PEERS,
+    PSYCOPG,
+    TORNJANGO,
+    UVICORN,
+    BenchError,
+    Environment,
+    Place,
+)
 from bench.ways import TASKS, Count, Way, count
 from bench.wire import Answer, WireError, parse, request_bytes
 from tests.postgres import Postgres
@@ -88,11 +102,11 @@ def test_table_is_aligned() -> None:
 def test_every_peer_is_measured_in_every_cell_it_can_serve() -> None:
     assert [views_of(peer, name) for peer in (TORNJANGO, PSYCOPG) for name in CELLS] == [
         ("json", "row", "fetch", "prepared", "twenty", "2009"),
-        ("json", "row", "page"),
+        ("json", "row", "orm", "green", "page"),
     ] * 2
-    for peer in (UVICORN, GUNICORN):
+    for peer in (UVICORN, GRANIAN, DAPHNE, GUNICORN):
         assert views_of(peer, "none") == ("json", "row", "twenty", "2009")
-        assert views_of(peer, "default") == CELLS["default"]
+        assert views_of(peer, "default") == ("json", "row", "orm", "page")
     assert [views_of(BARE, name) for name in CELLS] == [("json",), ()]
     assert set(VIEWS) == {view for views in CELLS.values() for view in views}
 
@@ -117,8 +131,10 @@ def test_report_leaves_out_servers_that_were_not_asked_for() -> None:
         }
     )
     header = text.splitlines()[1]
-    assert [peer.name in header for peer in PEERS] == [False, False, True, True, False]
-    assert "1,400 requests measured, 0 errors" in text
+    assert [peer.name in header for peer in PEERS] == [
+        peer in (UVICORN, GUNICORN) for peer in PEERS
+    ]
+    assert "1,600 requests measured, 0 errors" in text
 
 
 def test_profile_gives_helpers_time_to_their_caller() -> None:
@@ -249,6 +265,34 @@ def test_pollers_wait_for_every_answer_and_go_on_from_its_cursor() -> None:
 def test_pollers_refuse_an_answer_without_the_message() -> None:
     with pytest.raises(WireError, match="not the one message"):
         parked_polls([])
+
+
+DOWNLOAD = PLAIN.replace(b"hello", b"hello" * 10**5).replace(b": 5", b": %d" % (5 * 10**5))
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (DOWNLOAD, None),
+        (DOWNLOAD[:-1] + b"x", "what arrived is not the file"),
+        (DOWNLOAD[:-1], "what arrived is not the file"),
+        (DOWNLOAD.replace(b"200 OK", b"500 Oh"), "not a download"),
+    ],
+)
+def test_download_is_compared_with_the_file(answer: bytes, error: str | None) -> None:
+    def reply(request: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer)
+        writer.close()
+
+    async def main() -> BaseException | None:
+        wanted = hashlib.sha256(b"hello" * 10**5).digest()
+        async with serving(reply) as port:
+            done = asyncio.to_thread(download.load, port, "/", wanted)
+            return (await asyncio.gather(done, return_exceptions=True))[0]
+
+    found = asyncio.run(main())
+    assert (str(found) if found else "None").find(error or "None") >= 0
+    assert found is None or isinstance(found, BenchError)
 
 
 def test_request_has_a_host() -> None:

@@ -23,8 +23,8 @@ BLOGS = 3000
 TAGS = [f"tag-{n}" for n in range(19)] + ["sport"]
 # One-row requests go through these in turn, so that nothing is measured on a single hot row.
 PKS = range(1, BLOGS, BLOGS // 100)
-# Tornjango's own ways to one row, with the same answers.
-WAYS = ("fetch", "prepared")
+# Other ways to one row, with the same answers: tornjango's own, and sync views.
+WAYS = ("fetch", "prepared", "orm", "green")
 
 
 def year_and_sport(number: int, rows: int) -> tuple[int, bool]:

@@ -6,10 +6,12 @@ from django.contrib.auth.decorators import login_required
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.urls import path
 
+from bench.project import wsgi_views
 from bench.project.asgi_views import row, twenty
 from bench.project.models import Blog
 from tornjango import DeferredResponse, comet, db
 from tornjango.shortcuts import arender
+from tornjango.views import green
 
 by_pk = db.prepare(lambda pk: Blog.objects.filter(pk=pk))
 
@@ -62,6 +64,10 @@ urlpatterns = [
     path("twenty/<int:pk>/", twenty),
     path("fetch/<int:pk>/", fetched),
     path("prepared/<int:pk>/", prepared),
+    # Functions as for any server: in a worker thread, and on the loop.
+    path("orm/<int:pk>/", wsgi_views.row),
+    path("green/<int:pk>/", green(wsgi_views.row)),
+    path("download/", wsgi_views.download),
     path("page/", page),
     path("2009/", year_2009),  # type: ignore[arg-type]  # django-stubs knows no deferred views
     path("cursor/", cursor),

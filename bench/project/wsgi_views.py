@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from django.contrib.auth.decorators import login_required
-from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.http import FileResponse, HttpRequest, HttpResponse, JsonResponse
 from django.shortcuts import render
 from django.urls import path
 
@@ -34,9 +37,16 @@ def page(request: HttpRequest) -> HttpResponse:
     return render(request, "page.html")
 
 
+def download(request: HttpRequest) -> FileResponse:
+    """``bin/bench download`` makes the file."""
+    return FileResponse(Path(os.environ["BENCH_FILE"]).open("rb"))
+
+
 urlpatterns = [
     path("json/", greeting),
     path("row/<int:pk>/", row),
+    path("orm/<int:pk>/", row),
+    path("download/", download),
     path("twenty/<int:pk>/", twenty),
     path("2009/", year_2009),
     path("page/", page),
