@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -85,7 +86,7 @@ class Application(TornadoApplication):
         views = [route for route in self.routes if not route.is_handler]
         self.chain = Chain({route.callback: route.groups for route in views})
         #: A handler class for each view of the URLconf.
-        self.handler_classes = {route.callback: _handler_class(route) for route in views}
+        self.handler_classes = HandlerClasses(views)
         self.problems = templates.registry.fill()
         for problem in self.problems:
             logger.error("Template problem: %s", problem)
@@ -141,13 +142,24 @@ def _static_files(found: bool | None, config: Config) -> StaticFiles | StaticRoo
     return StaticRoot(config.STATIC_CACHE) if in_root else None
 
 
-def _handler_class(route: Route) -> type[DjangoHandler]:
-    name = view_name(route.callback)
-    attributes = {
-        "view_name": name,
-        "__doc__": f"Answers {route.pattern} with {name}.",
-    }
-    return type(f"{name.rpartition('.')[2]}_handler", (DjangoHandler,), attributes)
+class HandlerClasses(dict[Any, type[DjangoHandler]]):
+    """By view: made when it is asked for first. Views that were not in the URLconf at start have one for all."""
+
+    def __init__(self, routes: Iterable[Route]) -> None:
+        super().__init__()
+        self._patterns = {route.callback: route.pattern for route in routes}
+
+    def __missing__(self, view: Any) -> type[DjangoHandler]:
+        if view not in self._patterns:
+            return DjangoHandler
+        name = view_name(view)
+        attributes = {
+            "view_name": name,
+            "__doc__": f"Answers {self._patterns[view]} with {name}.",
+        }
+        made = type(f"{name.rpartition('.')[2]}_handler", (DjangoHandler,), attributes)
+        self[view] = made
+        return made
 
 
 class DjangoRouter(Router):
@@ -163,17 +175,14 @@ class DjangoRouter(Router):
             receiver = application.static.receiver(application, request, path)
             if receiver is not None:
                 return receiver
-        try:
-            match = application.routes.match(path)
-        except Exception:  # noqa: BLE001  a converter's own: Django meets it again, where it answers errors
-            return BodyReceiver(application, request, DjangoHandler, None)
+        match = application.routes.match(path)
         if match is None and (media := application.media.match(path)) is not None:
             return BodyReceiver(application, request, DjangoHandler, media)
         if match is None:  # Django's middleware may know better, and its 404 page says more
             return BodyReceiver(application, request, DjangoHandler, None)
         if is_handler(match.func):
             return self._native(request, match)
-        handler_class = application.handler_classes.get(match.func, DjangoHandler)
+        handler_class = application.handler_classes[match.func]
         known = None if application.routes.vary else match
         return BodyReceiver(application, request, handler_class, known)
 

@@ -7,6 +7,7 @@ not wrong. What is not understood (other classes of patterns, odd regular expres
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
@@ -29,7 +30,8 @@ class Index:
         self._resolver = resolver
         walk = _Walk()
         self._root = walk.branch(resolver)
-        self._root.plant()
+        for branch in walk.branches.values():
+            branch.plant()
         #: Whether middleware may change what a path means: by a language, or by what patterns of other classes look at.
         self.varies = walk.varies
 
@@ -149,10 +151,9 @@ class Found:
         )
 
 
-class Planted(NamedTuple):
-    """What an index has to know of a pattern."""
+class Reach(NamedTuple):
+    """All the paths that a pattern may match."""
 
-    #: Of all the paths that it may match.
     shapes: Sequence[Shape]
     #: Whether they are others in another language.
     translated: bool
@@ -164,7 +165,9 @@ class _Child(Protocol):
     entry: Any
 
     def find(self, path: str) -> Found | None: ...
-    def plant(self) -> Planted: ...
+    def reach(self) -> Reach:
+        """In the active language."""
+        ...
 
 
 class Leaf:
@@ -173,9 +176,9 @@ class Leaf:
     def __init__(self, entry: URLPattern) -> None:
         self.entry = entry
 
-    def plant(self) -> Planted:
+    def reach(self) -> Reach:
         pattern = self.entry.pattern
-        return Planted((shape_of(pattern),), is_translated(pattern))
+        return Reach((shape_of(pattern),), is_translated(pattern))
 
     def find(self, path: str) -> Found | None:
         entry = self.entry
@@ -204,8 +207,8 @@ class Foreign:
     def __init__(self, entry: Any) -> None:
         self.entry = entry
 
-    def plant(self) -> Planted:
-        return Planted((UNKNOWN,), False)
+    def reach(self) -> Reach:
+        return Reach((UNKNOWN,), False)
 
     def find(self, path: str) -> Found | None:
         try:
@@ -236,7 +239,7 @@ class Branch:
         self._translated = False
         # By language where that matters, else by None.
         self._trees: dict[str | None, Tree] = {}
-        self._planting = False
+        self._is_asked = False
 
     def find(self, path: str) -> Found | None:
         """As ``URLResolver.resolve``."""
@@ -258,36 +261,43 @@ class Branch:
         """The numbers of those children that may match, in their order."""
         tree = self._trees.get(get_language() if self._translated else None)
         if tree is None:
-            tree = self._plant()[0]
+            tree = self.plant()
         return tree.find(path)
 
-    def plant(self) -> Planted:
-        """Makes the index, in the active language. Its own pattern stands before all shapes of those below."""
-        pattern = self.entry.pattern
-        own, translated = shape_of(pattern), is_translated(pattern)
-        if self._planting:  # a URLconf that includes itself
-            return Planted((Shape(own.text, False, False),), translated)
-        self._planting = True
-        try:
-            _, shapes = self._plant()
-        finally:
-            self._planting = False
-        if not own.whole:
-            return Planted((own,), translated)
-        return Planted([own.then(shape) for shape in shapes], translated or self._translated)
-
-    def _plant(self) -> tuple[Tree, list[Shape]]:
+    def plant(self) -> Tree:
+        """Makes the index of its children, in the active language."""
         tree, translated = Tree(), False
-        shapes: list[Shape] = []
+        own = {id(child): child.own_reach() for child in self.children if isinstance(child, Branch)}
+        alike = Counter(reach.shapes[0].text for reach in own.values())
         for number, child in enumerate(self.children):
-            planted = child.plant()
-            for shape in planted.shapes:
+            reach = own.get(id(child))
+            # What is within an include matters where others begin alike; else it is soon enough to look there then.
+            if reach is None or alike[reach.shapes[0].text] > 1:
+                reach = child.reach()
+            for shape in reach.shapes:
                 tree.add(shape, number)
-            shapes.extend(planted.shapes)
-            translated |= planted.translated
+            translated |= reach.translated
         self._trees[get_language() if translated else None] = tree
         self._translated = translated
-        return tree, shapes
+        return tree
+
+    def own_reach(self) -> Reach:
+        """What its own pattern tells: a path begins so, and goes on in any way."""
+        pattern = self.entry.pattern
+        return Reach((Shape(shape_of(pattern).text, False, False),), is_translated(pattern))
+
+    def reach(self) -> Reach:
+        own = shape_of(self.entry.pattern)
+        if not own.whole or self._is_asked:  # a URLconf may include itself
+            return self.own_reach()
+        self._is_asked = True
+        try:
+            below = [child.reach() for child in self.children]
+        finally:
+            self._is_asked = False
+        shapes = [own.then(shape) for reach in below for shape in reach.shapes]
+        translated = is_translated(self.entry.pattern) or any(reach.translated for reach in below)
+        return Reach(shapes, translated)
 
 
 def _joined(before: str, route: str) -> str:
@@ -299,13 +309,13 @@ class _Walk:
     """From Django's patterns to ours. A resolver that is met again, within itself even, is the same again."""
 
     def __init__(self) -> None:
-        self._branches: dict[int, Branch] = {}
+        self.branches: dict[int, Branch] = {}
         self.varies = False
 
     def branch(self, resolver: URLResolver) -> Branch:
-        branch = self._branches.get(id(resolver))
+        branch = self.branches.get(id(resolver))
         if branch is None:
-            branch = self._branches[id(resolver)] = Branch(resolver)
+            branch = self.branches[id(resolver)] = Branch(resolver)
             branch.children.extend(map(self._child, resolver.url_patterns))
         return branch
 
