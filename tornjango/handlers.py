@@ -161,6 +161,8 @@ class DjangoHandler(RequestHandler):
 
     async def _close(self, response: HttpResponseBase) -> None:
         """Closes what the response holds, which also sends ``request_finished``."""
+        if self._sending.closes:  # in the thread that iterates it
+            return
         sync_stream = response.streaming and not getattr(response, "is_async", False)
         is_file = hasattr(response, "file_to_stream")
         if _only_django_listens(signals.request_finished) and (is_file or not sync_stream):
