@@ -424,6 +424,10 @@ def aside(fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     if not active():
         return fn(*args, **kwargs)
     # With asgiref, which alone can carry its Locals (the language, the time zone) to another thread.
+    handled = sys.exception()
+    if handled is not None:
+        call = sync_to_async(handling, thread_sensitive=False)
+        return wait(call(handled, fn, *args, **kwargs))
     return wait(sync_to_async(fn, thread_sensitive=False)(*args, **kwargs))
 
 

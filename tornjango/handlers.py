@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import enum
 import logging
 from typing import TYPE_CHECKING, Any
 
 from django.core import signals
-from django.dispatch import Signal
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 from django.urls import ResolverMatch, set_script_prefix
@@ -17,9 +17,13 @@ from tornado.httputil import HTTPServerRequest
 from tornado.iostream import StreamClosedError
 from tornado.web import RequestHandler
 
+from tornjango import cancellation
 from tornjango.access import CLIENT_LEFT, Answer
 from tornjango.bodies import Body
+from tornjango.cancellation import Cancellation
+from tornjango.conf import get_config
 from tornjango.exceptions import Overloaded
+from tornjango.failures import only_django_listens
 from tornjango.requests import TornadoRequest
 from tornjango.sending import Sending, is_closed, refuse_on
 
@@ -45,6 +49,8 @@ class DjangoHandler(RequestHandler):
     application: Application
     #: The view that the URL pattern names, for logs; Django's own answers (404, redirects) have none.
     view_name = ""
+    #: Whether it is cancelled when its client leaves; None where only the setting says so.
+    cancels: bool | None = None
     _django_request: TornadoRequest | None = None
 
     def __init__(self, application: Application, request: HTTPServerRequest) -> None:
@@ -63,6 +69,7 @@ class DjangoHandler(RequestHandler):
         self._match = match
         self._cut: asyncio.Future[Cut] = asyncio.get_running_loop().create_future()
         self._sending = Sending(connection, self.request, self._cut)
+        self._cancellation = Cancellation(self._cancel)
         connection.set_close_callback(self.on_connection_close)
         self.application.in_flight.add(self)
         self.task = asyncio.create_task(self._live())
@@ -70,18 +77,20 @@ class DjangoHandler(RequestHandler):
     # Tornado's side
 
     def on_connection_close(self) -> None:
-        """The client has left: everything that is done for it is cancelled."""
+        """The client has left: what is done for it on the loop is cancelled, unless the project wants it done."""
         self._cut_short(Cut.LEFT)
+        cancels = self.cancels if self.cancels is not None else get_config().CANCEL_ON_DISCONNECT
+        if cancels or self._sending.begun:
+            self._cancellation.request()
 
     def stop(self) -> None:
         """The server does not wait for this request any longer: it is answered 503."""
         self._cut_short(Cut.STOPPED)
+        self._cancellation.request()
 
     def _cut_short(self, why: Cut) -> None:
         if not self._cut.done():
             self._cut.set_result(why)
-            # Not before its first step: a task that is cancelled then does not run at all.
-            asyncio.get_running_loop().call_soon(self._cancel)
 
     def _cancel(self) -> None:
         """What remains when everything is being closed is short, and has to be done."""
@@ -106,6 +115,7 @@ class DjangoHandler(RequestHandler):
         except Exception:  # noqa: BLE001  not the view's, which Django has answered: the server's last stand
             self._fail()
         finally:
+            self._cancellation.drop()
             self.application.in_flight.discard(self)
             self._body.close()
             if self.application.observers:
@@ -113,24 +123,51 @@ class DjangoHandler(RequestHandler):
 
     async def _answer(self) -> None:
         self.application.workers.enter()
+        cancellation.current.set(self._cancellation)
         request = self._django_request = TornadoRequest(self.request, self._body)
         request.route_match = self._match
         if request.script_name:  # without it, the prefix is "/" already
             set_script_prefix(f"{request.script_name}/")
         try:
-            await _send_signal(signals.request_started, type(self), environ=request.META)
+            await self._start(request)
             response = await self.get_response(request)
         except BaseException:
             self._closing = True
             request.close()
-            await _send_signal(signals.request_finished, type(self))
+            await self._finish()
             raise
         response._handler_class = type(self)  # type: ignore[attr-defined]
         try:
+            if self._cut.done():  # nobody is there to take it
+                raise StreamClosedError
             await self._sending.send(response, last=self.application.draining)
         finally:
             self._closing = True
             await self._close(response)
+
+    async def _start(self, request: TornadoRequest) -> None:
+        """Sends ``request_started``: in a worker thread where a receiver of others might wait."""
+        self._started = True
+        if only_django_listens(signals.request_started):
+            signals.request_started.send(sender=type(self), environ=request.META)
+            return
+        try:
+            await signals.request_started.asend(sender=type(self), environ=request.META)
+        except Overloaded:
+            self._started = False
+            raise
+
+    async def _finish(self) -> None:
+        """Sends ``request_finished``, for a request that has no response to be closed."""
+        if not self._started:
+            return
+        if not only_django_listens(signals.request_finished):
+            with contextlib.suppress(
+                Overloaded
+            ):  # better a moment of the loop's time than not at all
+                await signals.request_finished.asend(sender=type(self))
+                return
+        signals.request_finished.send(sender=type(self))
 
     async def get_response(self, request: HttpRequest) -> HttpResponseBase:
         return await self.application.chain.get_response_async(request)
@@ -165,7 +202,7 @@ class DjangoHandler(RequestHandler):
             return
         sync_stream = response.streaming and not getattr(response, "is_async", False)
         is_file = hasattr(response, "file_to_stream")
-        if _only_django_listens(signals.request_finished) and (is_file or not sync_stream):
+        if only_django_listens(signals.request_finished) and (is_file or not sync_stream):
             response.close()
             return
         # Not sync_to_async: it would keep the exception that ends a request, and with it the response.
@@ -190,22 +227,3 @@ class DjangoHandler(RequestHandler):
                 sending.finished,
             )
         )
-
-
-async def _send_signal(signal: Signal, sender: type, **kwargs: Any) -> None:
-    """In a worker thread where a receiver of the project's, or of a library's, might wait; at once otherwise."""
-    if _only_django_listens(signal):
-        signal.send(sender=sender, **kwargs)
-    else:
-        await signal.asend(sender=sender, **kwargs)
-
-
-def _only_django_listens(signal: Signal) -> bool:
-    """Django's own receivers of the request signals only look at what the loop's thread does not have."""
-    for entry in signal.receivers:
-        receiver = entry[1]
-        receiver = receiver() if hasattr(receiver, "__callback__") else receiver
-        module = getattr(receiver, "__module__", "") or ""
-        if receiver is not None and not module.startswith("django."):
-            return False
-    return True

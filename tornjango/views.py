@@ -13,7 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, cast, overload
 
-from asgiref.sync import iscoroutinefunction, sync_to_async
+from asgiref.sync import iscoroutinefunction, markcoroutinefunction, sync_to_async
 from django.db import connections, transaction
 from django.http import FileResponse, Http404, HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
@@ -21,6 +21,7 @@ from django.template.response import SimpleTemplateResponse
 from django.utils.log import log_response
 
 from tornjango import responses, templates
+from tornjango.cancellation import uncut
 from tornjango.conf import get_config
 from tornjango.db.atomic import shared_atomic
 from tornjango.exceptions import Overloaded
@@ -33,6 +34,7 @@ logger = logging.getLogger("tornjango.views")
 
 View = Callable[..., Any]
 SyncView = TypeVar("SyncView", bound=View)
+V = TypeVar("V", bound=View)
 AsyncView = Callable[..., Coroutine[Any, Any, HttpResponseBase]]
 
 
@@ -123,6 +125,34 @@ def _with_sync_mode(view: SyncView, mode: str) -> SyncView:
 runs_green = is_chosen
 
 
+def cancel_on_disconnect(cancel: bool) -> Callable[[V], V]:
+    """Has a view cancelled when its client leaves, or not, whatever ``TORNJANGO["CANCEL_ON_DISCONNECT"]`` says.
+
+    A view that is not cancelled runs to its end, and its answer is dropped; a deferred one is not told by ``on_close``.
+    A sync view in a worker thread runs to its end in any case, once it has begun, and a response that has begun to go out
+    is broken off in any case. For functions, and by ``@method_decorator(..., name="dispatch")`` for classes.
+    """
+
+    def decorate(view: V) -> V:
+        @functools.wraps(view)
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            return view(*args, **kwargs)
+
+        if iscoroutinefunction(view):
+            marked = markcoroutinefunction(marked)
+        marked._cancel_on_disconnect = cancel  # type: ignore[attr-defined]
+        return cast(V, marked)
+
+    return decorate
+
+
+def is_cancelled_on_disconnect(view: View) -> bool | None:
+    """None where the view does not say."""
+    view = view.func if isinstance(view, functools.partial) else view
+    marked: bool | None = getattr(view, "_cancel_on_disconnect", None)
+    return marked
+
+
 def adapt(view: View, groups: Collection[str] = (), render: bool = False) -> AsyncView:
     """What is awaited to call ``view``, in the transactions of ATOMIC_REQUESTS.
 
@@ -155,7 +185,7 @@ def _sync(view: View, aliases: Collection[str], render: bool) -> AsyncView:
     for alias in aliases:
         whole = transaction.atomic(using=alias)(whole)
     if not runs_green(view):
-        return sync_to_async(_rendering(whole) if render else whole)
+        return sync_to_async(uncut(_rendering(whole) if render else whole))
     return _rendering_green(functools.partial(run_green, whole))
 
 
