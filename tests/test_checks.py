@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from django.core.checks import run_checks
+from django.http import HttpRequest
 from django.test import override_settings
 
 from tornjango.checks import check_app_order, check_settings
+from tornjango.comet import channels
 
 STATIC = "django.contrib.staticfiles"
 
@@ -48,3 +52,71 @@ def test_an_app_that_hides_our_runserver_is_a_warning(apps: list[str], hidden: b
     with override_settings(INSTALLED_APPS=apps):
         found = check_app_order()
     assert [message.id for message in found] == ["tornjango.W001"] * hidden
+
+
+def _ids(**options: Any) -> list[str | None]:
+    with override_settings(TORNJANGO=options):
+        return [message.id for message in check_settings()]
+
+
+@pytest.mark.parametrize(("workers", "found"), [(0, []), (1, []), (2, ["tornjango.E002"])])
+def test_channels_in_the_memory_of_one_of_several_workers_are_an_error(
+    workers: int, found: list[str]
+) -> None:
+    assert "live:<int:pk>" not in channels.patterns()
+    assert _ids(WORKERS=workers) == []
+    with declared("live:<int:pk>"):
+        assert _ids(WORKERS=workers) == found
+
+
+@contextmanager
+def declared(pattern: str) -> Iterator[None]:
+    before = dict(channels._declared)
+
+    async def anyone(request: HttpRequest, pk: int) -> bool:
+        return True
+
+    channels.channel(pattern)(anyone)
+    try:
+        yield
+    finally:
+        channels._declared.clear()
+        channels._declared.update(before)
+
+
+def test_static_files_from_nowhere_are_an_error() -> None:
+    assert _ids(STATIC=True) == ["tornjango.E003"]
+    with override_settings(STATIC_ROOT="/srv/static"):
+        assert _ids(STATIC=True) == []
+
+
+def test_metrics_need_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _ids(METRICS="/metrics") == []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert _ids(METRICS="/metrics") == ["tornjango.E004"]
+
+
+def test_metrics_of_several_workers_need_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    assert _ids(METRICS="/metrics", WORKERS=2) == ["tornjango.W002"]
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/run/metrics")
+    assert _ids(METRICS="/metrics", WORKERS=2) == []
+
+
+@pytest.mark.parametrize(
+    "engines", [{"sqlite": "momoko"}, {"default": "psycopg"}, {"elsewhere": "threads"}]
+)
+def test_an_engine_that_a_database_cannot_have_is_an_error(engines: dict[str, str]) -> None:
+    assert _ids(ENGINES=engines) == ["tornjango.E005"]
+    assert _ids(ENGINES={"sqlite": "threads", "default": "momoko"}) == []
+
+
+def test_loop_middleware_that_is_no_middleware_is_an_error() -> None:
+    assert _ids(LOOP_MIDDLEWARE=["django.middleware.common.CommonMiddleware"]) == []
+    assert _ids(LOOP_MIDDLEWARE=["shop.middleware.Mispelt"]) == ["tornjango.E006"]
+
+
+def test_several_workers_in_development_are_a_warning() -> None:
+    with override_settings(DEBUG=True):
+        assert _ids(WORKERS=1) == ["tornjango.W003"]
+        assert _ids(WORKERS=0) == []

@@ -11,12 +11,19 @@ from pathlib import Path
 from django.core.management import ManagementUtility
 from django.core.management.base import BaseCommand
 
-COMMANDS = ("serve", "runserver", "routes")
+#: Each with the management command that does it: "check" is Django's.
+COMMANDS = {
+    "serve": "serve",
+    "runserver": "runserver",
+    "routes": "routes",
+    "check": "tornjango_check",
+}
 
 USAGE = """usage: tornjango COMMAND [options]
 
   serve [addr:port]   serve this project on Tornado
   routes [text]       list what answers which URL
+  check               say what in this project costs threads or blocks, and what to do
 
 Run it where manage.py is, or set DJANGO_SETTINGS_MODULE. More: tornjango COMMAND --help"""
 
@@ -33,7 +40,7 @@ class Utility(ManagementUtility):
         super().__init__([program, name, *options])
 
     def fetch_command(self, subcommand: str) -> BaseCommand:
-        module = import_module(f"tornjango.management.commands.{self._command}")
+        module = import_module(f"tornjango.management.commands.{COMMANDS[self._command]}")
         command: BaseCommand = module.Command()
         return command
 

@@ -84,6 +84,34 @@ def status() -> dict[str, dict[str, Any]]:
     return {alias: engine.status() for alias, engine in (_engines or {}).items()}
 
 
+def choice(alias: str, config: Config) -> tuple[str, str]:
+    """The engine that a database has, and for "threads", why; this opens nothing.
+
+    Raises ConfigurationError where the settings name one that it cannot have, and what Django raises for a backend that
+    cannot be imported.
+    """
+    wrapper: Any = connections.create_connection(alias)
+    given = config.ENGINES.get(alias)
+    engine = given or _default(wrapper)
+    if engine == "threads":
+        why = 'TORNJANGO["ENGINES"] says so.' if given else _obstacle(wrapper)
+        return engine, f"{why[0].upper()}{why[1:]}"
+    if unfit := _unfit(engine, wrapper):
+        raise _cannot_be(alias, engine, unfit)
+    return engine, ""
+
+
+def _obstacle(wrapper: Any) -> str:
+    """What keeps a database from the engine of the driver that Django uses for it."""
+    driver = wrapper.Database.__name__
+    engine = next((name for name, needed in DRIVERS.items() if needed == driver), "momoko")
+    return _unfit(engine, wrapper) or ""
+
+
+def _cannot_be(alias: str, engine: str, unfit: str) -> ConfigurationError:
+    return ConfigurationError(f'TORNJANGO["ENGINES"][{alias!r}] cannot be "{engine}": {unfit}')
+
+
 def _make(alias: str, config: Config) -> Engine:
     wrapper: Any = connections.create_connection(alias)
     wanted = config.ENGINES.get(alias) or _default(wrapper)
@@ -91,7 +119,7 @@ def _make(alias: str, config: Config) -> Engine:
         return ThreadsEngine(alias, config)
     unfit = _unfit(wanted, wrapper)
     if unfit:
-        raise ConfigurationError(f'TORNJANGO["ENGINES"][{alias!r}] cannot be "{wanted}": {unfit}')
+        raise _cannot_be(alias, wanted, unfit)
     # Each imports its driver, which is optional.
     if wanted == "psycopg":
         from tornjango.db.engines.psycopg import PsycopgEngine
