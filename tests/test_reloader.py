@@ -7,7 +7,11 @@ import pytest
 from tests.projects import URLS, Project, touch
 
 pytestmark = pytest.mark.slow
-COMMANDS = [("manage.py", "runserver", "0"), ("-m", "tornjango", "serve", "0")]
+COMMANDS = [
+    ("manage.py", "runserver", "0"),
+    ("-m", "tornjango", "serve", "0"),
+    ("manage.py", "serve", "0"),
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -34,6 +38,8 @@ def test_changed_code_restarts_and_a_changed_template_does_not(
 
 
 BROKEN = [
+    ("urls.py", "from", "SyntaxError: invalid syntax", COMMANDS[2]),
+    ("settings.py", 'INSTALLED_APPS = ["none"]', "No module named 'none'", COMMANDS[2]),
     ("urls.py", "from", "SyntaxError: invalid syntax", COMMANDS[0]),
     ("settings.py", 'INSTALLED_APPS = ["none"]', "No module named 'none'", COMMANDS[0]),
     ("settings.py", 'INSTALLED_APPS = ["none"]', "No module named 'none'", COMMANDS[1]),

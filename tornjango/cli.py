@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import sys
 from importlib import import_module
 from pathlib import Path
 
+from django.core import management
 from django.core.management import ManagementUtility
 from django.core.management.base import BaseCommand
 
@@ -51,11 +53,30 @@ def main(argv: list[str] | None = None) -> None:
     if len(argv) < 2 or argv[1] in ("-h", "--help", "help"):
         print(USAGE)
         raise SystemExit(0 if len(argv) > 1 else 2)
+    if argv[1].endswith(".py"):
+        _run_program(argv[1:])
+        return
     if argv[1] not in COMMANDS:
         print(f"tornjango: there is no command {argv[1]!r}.\n\n{USAGE}", file=sys.stderr)
         raise SystemExit(2)
     _find_settings(Path.cwd())
     Utility(argv).execute()
+
+
+def _run_program(argv: list[str]) -> None:
+    """Runs a ``manage.py`` so that its ``serve``, too, waits in development until what is broken is repaired.
+
+    Django does that for ``runserver`` alone, before it looks at commands. The reloader of ``serve`` starts this.
+    """
+    sys.argv = argv
+    sys.path.insert(0, str(Path(argv[0]).resolve().parent))
+    management.ManagementUtility = _utility  # type: ignore[misc,assignment]
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def _utility(argv: list[str] | None = None) -> ManagementUtility:
+    argv = list(sys.argv if argv is None else argv)
+    return Utility(argv) if argv[1:2] == ["serve"] else ManagementUtility(argv)
 
 
 def _find_settings(folder: Path) -> None:

@@ -9,12 +9,14 @@ import signal
 import socket
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 from django.conf import settings
 from django.core.management.base import CommandParser, OutputWrapper
 from django.db import DatabaseError
 
+import tornjango
 from tornjango import conf, processes
 from tornjango.exceptions import ConfigurationError
 from tornjango.management.commands.runserver import Command as RunserverCommand
@@ -58,7 +60,15 @@ class Command(RunserverCommand):
         self.worker = processes.this_worker()
         self.file: SocketFile | None = None
         options["use_reloader"] &= settings.DEBUG and not self._shares_sockets(options)
+        if options["use_reloader"]:
+            self._survive_broken_code()
         super().run(**options)
+
+    def _survive_broken_code(self) -> None:
+        """Has the autoreloader start ``manage.py`` by way of `tornjango.cli`, which says what that is good for."""
+        is_program = getattr(sys.modules["__main__"], "__spec__", None) is None
+        if self._typed and is_program and sys.argv[0].endswith(".py"):
+            sys.argv.insert(0, str(Path(tornjango.__file__).with_name("__main__.py")))
 
     def _shares_sockets(self, options: dict[str, Any]) -> bool:
         """Whether it listens on what another process has opened, or will serve: Django's autoreloader opens its own."""
