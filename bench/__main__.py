@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench import compare, download, environment, parked, profiling, queries
+from bench import compare, download, environment, parked, profiling, queries, routing
 from bench.servers import BARE, PEERS, PSYCOPG, ROOT, BenchError, Environment, Peer, Place
 from tests.postgres import Postgres, PostgresError
 
@@ -40,7 +40,7 @@ def main() -> int:
 
 
 def _with_default(arguments: list[str]) -> list[str]:
-    named = {"compare", "queries", "parked", "download", "profile", "-h", "--help"}
+    named = {"compare", "queries", "parked", "download", "routing", "profile", "-h", "--help"}
     return arguments if arguments and arguments[0] in named else ["compare", *arguments]
 
 
@@ -85,6 +85,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--clients", type=count, default=4, help="at once (4)")
     command.add_argument("--megabytes", type=count, default=100, help="size of the file (100)")
     command.set_defaults(run=run_download)
+
+    command = commands.add_parser("routing", help="a path's view among many URL patterns")
+    command.add_argument("--json", action="store_true", help="print the figures as JSON")
+    command.add_argument("patterns", type=count, nargs="?", default=10_000, help="(10,000)")
+    command.set_defaults(run=run_routing)
 
     command = commands.add_parser("profile", parents=[common], help="where a view's time goes")
     command.add_argument("view", choices=sorted(compare.VIEWS))
@@ -173,6 +178,12 @@ def run_download(options: argparse.Namespace) -> None:
         {"versions": versions, "download": figures},
         f"{versions}\n\n{download.report(results)}",
     )
+
+
+def run_routing(options: argparse.Namespace) -> None:
+    results = routing.run((10, options.patterns))
+    figures: dict[str, object] = {"routing": [dataclasses.asdict(result) for result in results]}
+    show(options, figures, routing.report(results))
 
 
 def run_profile(options: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from bench import download
+from bench import routing
 from bench.__main__ import FULL, QUICK, fill
 from bench.compare import CELLS, VIEWS, Pace, compare, report, views_of
 from bench.figures import Sample, Summary, cost_cell, rate_cell, shares, summarize, table
@@ -375,3 +376,20 @@ def test_tornjango_answers_every_view_and_query_as_django_does(postgres: Postgre
 
 def test_full_run_has_the_rounds_a_median_needs() -> None:
     assert all(isinstance(pace, Pace) and pace.rounds >= 3 for pace in (FULL, QUICK))
+
+
+def test_routing_is_measured_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "SECONDS", 0.01)
+    found = routing.measure(20)
+    times = [*vars(found.django).values(), *vars(found.tornjango).values()]
+    assert len(times) == 8
+    assert min(times) > 0
+    text = routing.report([found])
+    assert "tornjango, 20" in text
+    assert "20 patterns: made in" in text
+
+
+@pytest.mark.slow
+def test_routing_is_measured_in_processes_of_their_own() -> None:
+    (found,) = routing.run([2])
+    assert found.patterns == 2
