@@ -25,7 +25,7 @@ from django.urls import set_script_prefix
 import tornjango
 from tests.serving import Site, reached, serving, until
 from tornjango.exceptions import ConfigurationError
-from tornjango.files import Changed, Folder, Memory, Variant
+from tornjango.files import Changed, Folder, Memory, Variant, content_type_of
 from tornjango.staticfiles import StaticFiles, StaticHandler, StaticRoot
 from tornjango.testing import RawClient
 
@@ -34,7 +34,7 @@ SCRIPT = "/static/tornjango/comet.js"
 
 @asynccontextmanager
 async def serving_static(**settings: Any) -> AsyncIterator[Site]:
-    with override_settings(**{"ROOT_URLCONF": "tests.http_views", **settings}):
+    with override_settings(**{"ROOT_URLCONF": "tests.http_views", "TEMPLATES": [], **settings}):
         async with Site(lambda: tornjango.Application(staticfiles=True)) as site:
             yield site
 
@@ -104,38 +104,36 @@ def _as_runserver(path: str, method: str, headers: dict[str, str]) -> tuple[int,
     return status, {name.title(): value for name, value in pairs}, body
 
 
+ASKED: list[tuple[str, dict[str, str]]] = [
+    (SCRIPT, {}),
+    (SCRIPT, {"If-Modified-Since": "Sun, 06 Nov 1994 08:49:37 GMT"}),
+    (SCRIPT, {"If-Modified-Since": "Sun, 06 Nov 2094 08:49:37 GMT"}),
+    (SCRIPT, {"If-Modified-Since": "yesterday"}),
+    (SCRIPT, {"If-None-Match": "*", "Accept-Encoding": "gzip"}),
+    ("/static/admin/css/base.css", {}),
+    ("/static/admin/img/search.svg", {}),
+    ("/static/admin/img/LICENSE", {}),
+    ("/static/admin/img/", {}),
+    ("/static/admin/img", {}),
+    ("/static/admin//css/./base.css", {}),
+    ("/static/none.css", {}),
+    ("/static/", {}),
+]
+
+
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
-@pytest.mark.parametrize(
-    ("path", "headers"),
-    [
-        (SCRIPT, {}),
-        (SCRIPT, {"If-Modified-Since": "Sun, 06 Nov 1994 08:49:37 GMT"}),
-        (SCRIPT, {"If-Modified-Since": "Sun, 06 Nov 2094 08:49:37 GMT"}),
-        (SCRIPT, {"If-Modified-Since": "yesterday"}),
-        (SCRIPT, {"If-None-Match": "*", "Accept-Encoding": "gzip"}),
-        ("/static/admin/css/base.css", {}),
-        ("/static/admin/img/search.svg", {}),
-        ("/static/admin/img/LICENSE", {}),
-        ("/static/admin/img/", {}),
-        ("/static/admin/img", {}),
-        ("/static/admin//css/./base.css", {}),
-        ("/static/none.css", {}),
-        ("/static/", {}),
-    ],
-)
 @pytest.mark.gen_test
-async def test_the_answer_is_runservers(path: str, headers: dict[str, str], method: str) -> None:
-    async with serving_static() as site:
-        answer = await site.request(path, method=method, headers=headers.items())
-        expected = await sync_to_async(_as_runserver)(path, method, headers)
-    status, known, body = expected
-    assert (answer.status, answer.body) == (status, b"" if method == "HEAD" else body)
-    ours = {name: value for name, value in answer.headers if name not in ("Date", "Server")}
-    if method != "HEAD" and status != 304:
-        known.setdefault("Content-Length", str(len(body)))
-    ours.pop("Accept-Ranges", None)
-    assert {**known, **ours} == ours
-    assert set(ours) - set(known) <= {"Content-Length"}
+async def test_the_answers_are_runservers(method: str) -> None:
+    async with serving_static() as site, await site.connect() as client:
+        for path, headers in ASKED:
+            answer = await client.request(path, method=method, headers=headers.items())
+            status, known, body = await sync_to_async(_as_runserver)(path, method, headers)
+            assert answer.status == status, path
+            assert answer.body == (b"" if method == "HEAD" else body)
+            ours = {name: value for name, value in answer.headers if name not in ("Date", "Server")}
+            # Parts of files are this server's.
+            assert set(ours) - set(known) <= {"Content-Length", "Accept-Ranges"}, path
+            assert {**ours, **known} == ours, path
 
 
 @pytest.mark.gen_test
@@ -179,6 +177,7 @@ class Root:
         options = {
             "ROOT_URLCONF": "tests.http_views",
             "STATIC_ROOT": self.folder,
+            "TEMPLATES": [],
             "TORNJANGO": {"STATIC": True, "STATIC_CACHE": limit, **settings.pop("options", {})},
         }
         with override_settings(**{**options, **settings}):
@@ -246,22 +245,12 @@ async def test_a_file_of_the_root_goes_out_with_all_that_is_known_of_it(root: Ro
         ("LICENSE", "application/octet-stream"),
     ],
 )
-@pytest.mark.gen_test
-async def test_a_file_has_the_type_of_its_name(root: Root, name: str, expected: str) -> None:
-    root.write(name)
-    async with root.serving() as site:
-        answer = await site.request(f"/static/{name}")
-        assert answer.header("Content-Type") == expected
-        assert answer.header("Content-Encoding") is None
+def test_a_file_has_the_type_of_its_name(name: str, expected: str) -> None:
+    assert content_type_of(name) == (expected, "")
 
 
-@pytest.mark.gen_test
-async def test_a_compressed_image_says_so(root: Root) -> None:
-    root.write("a.svgz")
-    async with root.serving() as site:
-        answer = await site.request("/static/a.svgz")
-        assert answer.header("Content-Type") == "image/svg+xml"
-        assert answer.header("Content-Encoding") == "gzip"
+def test_a_compressed_image_says_so() -> None:
+    assert content_type_of("a.svgz") == ("image/svg+xml", "gzip")
 
 
 @pytest.mark.gen_test
@@ -323,50 +312,48 @@ async def test_a_manifest_that_cannot_be_read_is_an_error_at_the_start(root: Roo
         StaticRoot(1000)
 
 
-@pytest.mark.parametrize(
-    ("accept", "expected"),
-    [
-        (None, None),
-        ("", None),
-        ("gzip", "gzip"),
-        ("x-gzip", "gzip"),
-        ("GZIP", "gzip"),
-        ("gzip, deflate, br, zstd", "br"),
-        ("gzip, zstd", "zstd"),
-        ("br;q=0.5, gzip;q=0.8", "gzip"),
-        ("br;q=0, gzip", "gzip"),
-        ("br ; q=0.9 , gzip ; q=0.8", "br"),
-        ("br;q=0.9;x=y, gzip;q=0.8", "br"),
-        ("gzip;q=0", None),
-        ("gzip;q=0.5", "gzip"),
-        ("identity, gzip;q=0.5", None),
-        ("identity;q=0.5, gzip", "gzip"),
-        ("*", None),
-        ("*;q=0.5, identity;q=0.1", "br"),
-        ("*, br;q=0, identity;q=0", "zstd"),
-        ("*;q=0", None),
-        ("identity;q=0", None),
-        ("br;q=nonsense, gzip", "gzip"),
-        ("br;q=2, gzip", "gzip"),
-        ("deflate, compress", None),
-        (",, gzip,", "gzip"),
-        ("unheard-of;q=1, " * 20 + "gzip", "gzip"),
-    ],
-)
+LIKED: list[tuple[str | None, str | None]] = [
+    (None, None),
+    ("", None),
+    ("gzip", "gzip"),
+    ("x-gzip", "gzip"),
+    ("GZIP", "gzip"),
+    ("gzip, deflate, br, zstd", "br"),
+    ("gzip, zstd", "zstd"),
+    ("br;q=0.5, gzip;q=0.8", "gzip"),
+    ("br;q=0, gzip", "gzip"),
+    ("br ; q=0.9 , gzip ; q=0.8", "br"),
+    ("br;q=0.9;x=y, gzip;q=0.8", "br"),
+    ("gzip;q=0", None),
+    ("gzip;q=0.5", "gzip"),
+    ("identity, gzip;q=0.5", None),
+    ("identity;q=0.5, gzip", "gzip"),
+    ("*", None),
+    ("*;q=0.5, identity;q=0.1", "br"),
+    ("*, br;q=0, identity;q=0", "zstd"),
+    ("*;q=0", None),
+    ("identity;q=0", None),
+    ("br;q=nonsense, gzip", "gzip"),
+    ("br;q=2, gzip", "gzip"),
+    ("deflate, compress", None),
+    (",, gzip,", "gzip"),
+    ("unheard-of;q=1, " * 20 + "gzip", "gzip"),
+]
+
+
 @pytest.mark.gen_test
-async def test_the_variant_is_the_one_the_client_likes_best(
-    root: Root, accept: str | None, expected: str | None
-) -> None:
+async def test_the_variant_is_the_one_the_client_likes_best(root: Root) -> None:
     root.variants("a.js")
     sizes = {None: 1000, "gzip": 300, "br": 198, "zstd": 248}
-    async with root.serving() as site:
-        headers = [] if accept is None else [("Accept-Encoding", accept)]
-        answer = await site.request("/static/a.js", headers=headers)
-        assert answer.status == 200
-        assert answer.header("Content-Encoding") == expected
-        assert answer.header("Content-Type") == "text/javascript; charset=utf-8"
-        assert answer.header("Vary") == "Accept-Encoding"
-        assert len(answer.body) == sizes[expected]
+    async with root.serving() as site, await site.connect() as client:
+        for accept, expected in LIKED:
+            headers = [] if accept is None else [("Accept-Encoding", accept)]
+            answer = await client.request("/static/a.js", headers=headers)
+            assert answer.status == 200
+            assert answer.header("Content-Encoding") == expected, accept
+            assert answer.header("Content-Type") == "text/javascript; charset=utf-8"
+            assert answer.header("Vary") == "Accept-Encoding"
+            assert len(answer.body) == sizes[expected]
 
 
 @pytest.mark.gen_test
@@ -409,69 +396,66 @@ ETAG, DATE = "its ETag", "its date"
 EARLIER, LATER = "Sat, 05 Nov 1994 08:49:37 GMT", "Mon, 07 Nov 1994 08:49:37 GMT"
 
 
-@pytest.mark.parametrize(
-    ("asked", "status", "expected"),
-    [
-        ({"If-None-Match": ETAG}, 304, b""),
-        ({"If-None-Match": "W/" + ETAG}, 304, b""),
-        ({"If-None-Match": '"other", ' + ETAG}, 304, b""),
-        ({"If-None-Match": "*"}, 304, b""),
-        ({"If-None-Match": '"other"'}, 200, b"0123456789"),
-        ({"If-None-Match": '"other"', "If-Modified-Since": DATE}, 200, b"0123456789"),
-        ({"If-Modified-Since": DATE}, 304, b""),
-        ({"If-Modified-Since": LATER}, 304, b""),
-        ({"If-Modified-Since": EARLIER}, 200, b"0123456789"),
-        ({"If-Modified-Since": "yesterday"}, 200, b"0123456789"),
-        ({"If-Match": ETAG}, 200, b"0123456789"),
-        ({"If-Match": "*"}, 200, b"0123456789"),
-        ({"If-Match": "W/" + ETAG}, 412, b""),
-        ({"If-Match": '"other"'}, 412, b""),
-        ({"If-Unmodified-Since": DATE}, 200, b"0123456789"),
-        ({"If-Unmodified-Since": EARLIER}, 412, b""),
-        ({"If-Unmodified-Since": "yesterday"}, 200, b"0123456789"),
-        ({"If-Match": ETAG, "If-Unmodified-Since": EARLIER}, 200, b"0123456789"),
-        ({"Range": "bytes=2-4"}, 206, b"234"),
-        ({"Range": "bytes=7-"}, 206, b"789"),
-        ({"Range": "bytes=-2"}, 206, b"89"),
-        ({"Range": "bytes=0-99"}, 206, b"0123456789"),
-        ({"Range": "bytes=10-"}, 416, b""),
-        ({"Range": "bytes=4-2"}, 200, b"0123456789"),
-        ({"Range": "bytes=0-1,4-5"}, 200, b"0123456789"),
-        ({"Range": "lines=0-1"}, 200, b"0123456789"),
-        ({"Range": "bytes=2-4", "If-Range": ETAG}, 206, b"234"),
-        ({"Range": "bytes=2-4", "If-Range": DATE}, 206, b"234"),
-        ({"Range": "bytes=2-4", "If-Range": '"other"'}, 200, b"0123456789"),
-        ({"Range": "bytes=2-4", "If-None-Match": ETAG}, 304, b""),
-    ],
-)
+CONDITIONS: list[tuple[dict[str, str], int, bytes]] = [
+    ({"If-None-Match": ETAG}, 304, b""),
+    ({"If-None-Match": "W/" + ETAG}, 304, b""),
+    ({"If-None-Match": '"other", ' + ETAG}, 304, b""),
+    ({"If-None-Match": "*"}, 304, b""),
+    ({"If-None-Match": '"other"'}, 200, b"0123456789"),
+    ({"If-None-Match": '"other"', "If-Modified-Since": DATE}, 200, b"0123456789"),
+    ({"If-Modified-Since": DATE}, 304, b""),
+    ({"If-Modified-Since": LATER}, 304, b""),
+    ({"If-Modified-Since": EARLIER}, 200, b"0123456789"),
+    ({"If-Modified-Since": "yesterday"}, 200, b"0123456789"),
+    ({"If-Match": ETAG}, 200, b"0123456789"),
+    ({"If-Match": "*"}, 200, b"0123456789"),
+    ({"If-Match": "W/" + ETAG}, 412, b""),
+    ({"If-Match": '"other"'}, 412, b""),
+    ({"If-Unmodified-Since": DATE}, 200, b"0123456789"),
+    ({"If-Unmodified-Since": EARLIER}, 412, b""),
+    ({"If-Unmodified-Since": "yesterday"}, 200, b"0123456789"),
+    ({"If-Match": ETAG, "If-Unmodified-Since": EARLIER}, 200, b"0123456789"),
+    ({"Range": "bytes=2-4"}, 206, b"234"),
+    ({"Range": "bytes=7-"}, 206, b"789"),
+    ({"Range": "bytes=-2"}, 206, b"89"),
+    ({"Range": "bytes=0-99"}, 206, b"0123456789"),
+    ({"Range": "bytes=10-"}, 416, b""),
+    ({"Range": "bytes=4-2"}, 200, b"0123456789"),
+    ({"Range": "bytes=0-1,4-5"}, 200, b"0123456789"),
+    ({"Range": "lines=0-1"}, 200, b"0123456789"),
+    ({"Range": "bytes=2-4", "If-Range": ETAG}, 206, b"234"),
+    ({"Range": "bytes=2-4", "If-Range": DATE}, 206, b"234"),
+    ({"Range": "bytes=2-4", "If-Range": '"other"'}, 200, b"0123456789"),
+    ({"Range": "bytes=2-4", "If-None-Match": ETAG}, 304, b""),
+]
+
+
 @pytest.mark.parametrize("from_disk", [False, True])
 @pytest.mark.gen_test
-async def test_conditions_and_ranges(
-    root: Root, from_disk: bool, asked: dict[str, str], status: int, expected: bytes
-) -> None:
+async def test_conditions_and_ranges(root: Root, from_disk: bool) -> None:
     path = root.write("digits.txt", b"0123456789")
     os.utime(path, (784111777, 784111777))
-    async with root.serving(limit=1 if from_disk else 1000) as site:
-        whole = await site.request("/static/digits.txt")
-        meant = {ETAG: str(whole.header("ETag")), DATE: str(whole.header("Last-Modified"))}
-        headers = [
-            (name, value.replace(ETAG, meant[ETAG]).replace(DATE, meant[DATE]))
-            for name, value in asked.items()
-        ]
-        answer = await site.request("/static/digits.txt", headers=headers)
-        assert (answer.status, answer.body) == (status, expected)
-        if status != 304:
-            assert answer.header("Content-Length") == str(len(expected))
-        if status == 206:
+    async with root.serving(limit=1 if from_disk else 1000) as site, await site.connect() as client:
+        whole = await client.request("/static/digits.txt")
+        etag, date = str(whole.header("ETag")), str(whole.header("Last-Modified"))
+        for asked, status, expected in CONDITIONS:
+            headers = [
+                (name, value.replace(ETAG, etag).replace(DATE, date))
+                for name, value in asked.items()
+            ]
+            answer = await client.request("/static/digits.txt", headers=headers)
+            assert (answer.status, answer.body) == (status, expected), asked
+            assert answer.header("Content-Length") == (
+                None if status == 304 else str(len(expected))
+            )
+            if status in (200, 206, 304):
+                assert answer.header("ETag") == etag
             start = b"0123456789".index(expected)
-            stop = start + len(expected) - 1
-            assert answer.header("Content-Range") == f"bytes {start}-{stop}/10"
-            assert answer.header("ETag") == meant[ETAG]
-        if status == 416:
-            assert answer.header("Content-Range") == "bytes */10"
-        head = await site.request("/static/digits.txt", method="HEAD", headers=headers)
-        # RFC 9110, 14.2: a range is a GET's.
-        assert head.status == (200 if status in (206, 416) else status)
+            ranges = {206: f"bytes {start}-{start + len(expected) - 1}/10", 416: "bytes */10"}
+            assert answer.header("Content-Range") == ranges.get(status), asked
+            head = await client.request("/static/digits.txt", method="HEAD", headers=headers)
+            # A range is a GET's (RFC 9110, 14.2).
+            assert head.status == (200 if status in (206, 416) else status), asked
         assert (memory(site).size > 0) is not from_disk
 
 
@@ -496,14 +480,14 @@ async def test_an_empty_file_is_served(root: Root) -> None:
         assert (await site.request("/static/empty.css", headers=headers)).status == 416
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
 @pytest.mark.gen_test
-async def test_other_methods_are_405_and_their_bodies_go_by(root: Root, method: str) -> None:
+async def test_other_methods_are_405_and_their_bodies_go_by(root: Root) -> None:
     root.write("a.css")
     async with root.serving() as site, await site.connect() as client:
-        answer = await client.request("/static/a.css", method=method, body=b"x" * 100_000)
-        assert (answer.status, answer.header("Allow")) == (405, "GET, HEAD")
-        assert answer.body == b""
+        for method in ("POST", "PUT", "DELETE", "OPTIONS", "PATCH"):
+            answer = await client.request("/static/a.css", method=method, body=b"x" * 100_000)
+            assert (answer.status, answer.header("Allow")) == (405, "GET, HEAD")
+            assert answer.body == b""
         assert (await client.request("/static/a.css")).body == b"content"
 
 
@@ -530,36 +514,35 @@ async def test_http_1_0_is_answered(root: Root) -> None:
         assert answer.endswith(b"\r\n\r\ncontent")
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/static/none.js",
-        "/static/",
-        "/static",
-        "/static/css",
-        "/static/css/",
-        "/static//css/a.css",
-        "/static/css//a.css",
-        "/static/./css/a.css",
-        "/static/../root/css/a.css",
-        "/static/%2e%2e/secret.txt",
-        "/static/..%2fsecret.txt",
-        "/static/css/..%2f..%2fsecret.txt",
-        "/static/%2fetc/passwd",
-        "/static/..%5csecret.txt",
-        "/static/css/a.css/",
-        "/static/css/a.css%00",
-        "/static/.env",
-        "/static/.git/config",
-        "/static/css/.well-known/a",
-        "/static/fifo",
-        "/static/nowhere",
-        "/static/" + "a" * 300,
-        "/static/%ff",
-    ],
-)
+NOT_THERE = [
+    "/static/none.js",
+    "/static/",
+    "/static",
+    "/static/css",
+    "/static/css/",
+    "/static//css/a.css",
+    "/static/css//a.css",
+    "/static/./css/a.css",
+    "/static/../root/css/a.css",
+    "/static/%2e%2e/secret.txt",
+    "/static/..%2fsecret.txt",
+    "/static/css/..%2f..%2fsecret.txt",
+    "/static/%2fetc/passwd",
+    "/static/..%5csecret.txt",
+    "/static/css/a.css/",
+    "/static/css/a.css%00",
+    "/static/.env",
+    "/static/.git/config",
+    "/static/css/.well-known/a",
+    "/static/fifo",
+    "/static/nowhere",
+    "/static/" + "a" * 300,
+    "/static/%ff",
+]
+
+
 @pytest.mark.gen_test
-async def test_what_is_not_a_file_of_the_root_is_djangos_404(root: Root, path: str) -> None:
+async def test_what_is_not_a_file_of_the_root_is_djangos_404(root: Root) -> None:
     root.write("css/a.css")
     root.write(".env")
     root.write(".git/config")
@@ -567,14 +550,12 @@ async def test_what_is_not_a_file_of_the_root_is_djangos_404(root: Root, path: s
     (root.folder.parent / "secret.txt").write_text("secret")
     os.mkfifo(root.folder / "fifo")
     (root.folder / "nowhere").symlink_to("none")
-    async with root.serving() as site:
-        answer = await site.request(path)
-        assert answer.status in (404, 301)
-        assert b"secret" not in answer.body
-        if answer.status == 301:  # CommonMiddleware's, for what has no slash at its end
-            assert answer.header("Location") == f"{path}/"
-        else:
+    async with root.serving(APPEND_SLASH=False) as site, await site.connect() as client:
+        for path in NOT_THERE:
+            answer = await client.request(path)
+            assert answer.status == 404, path
             assert answer.header("X-Frame-Options") == "DENY"  # it went through the middleware
+            assert b"secret" not in answer.body
 
 
 @pytest.mark.gen_test
@@ -778,11 +759,9 @@ async def test_a_view_below_the_static_url_is_still_reached(root: Root) -> None:
     ("url", "path"),
     [
         ("/", "/a.css"),
-        ("static/", "/static/a.css"),
         ("/deep/static/", "/deep/static/a.css"),
         ("https://cdn.example/assets/", "/assets/a.css"),
-        ("//cdn.example/assets/", "/assets/a.css"),
-        ("https://cdn.example/", "/a.css"),
+        ("//cdn.example/", "/a.css"),
     ],
 )
 @pytest.mark.gen_test
@@ -882,7 +861,7 @@ def media(tmp_path: Path) -> Root:
 
 @asynccontextmanager
 async def serving_media(media: Root, **settings: Any) -> AsyncIterator[Site]:
-    known = {"DEBUG": True, "MEDIA_ROOT": media.folder, "MEDIA_URL": "/media/"}
+    known = {"DEBUG": True, "TEMPLATES": [], "MEDIA_ROOT": media.folder, "MEDIA_URL": "/media/"}
     async with serving(**{**known, **settings}) as site:
         yield site
 
