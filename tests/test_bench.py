@@ -11,8 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import download
-from bench import routing
+from bench import download, routing
 from bench.__main__ import FULL, QUICK, fill
 from bench.compare import CELLS, VIEWS, Pace, compare, report, views_of
 from bench.figures import Sample, Summary, cost_cell, rate_cell, shares, summarize, table
