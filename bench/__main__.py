@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench import compare, download, environment, parked, profiling, queries, routing
+from bench import compare, download, environment, parked, profiling, queries, routing, soak
 from bench.servers import BARE, PEERS, PSYCOPG, ROOT, BenchError, Environment, Peer, Place
 from tests.postgres import Postgres, PostgresError
 
@@ -40,7 +40,7 @@ def main() -> int:
 
 
 def _with_default(arguments: list[str]) -> list[str]:
-    named = {"compare", "queries", "parked", "download", "routing", "profile", "-h", "--help"}
+    named = {"compare", "queries", "parked", "download", "routing", "soak", "profile", "-h", "--help"}
     return arguments if arguments and arguments[0] in named else ["compare", *arguments]
 
 
@@ -85,6 +85,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--clients", type=count, default=4, help="at once (4)")
     command.add_argument("--megabytes", type=count, default=100, help="size of the file (100)")
     command.set_defaults(run=run_download)
+
+    command = commands.add_parser("soak", parents=[common], help="reloads, kills and disconnects")
+    command.add_argument("--minutes", type=float, default=10.0, help="how long (10)")
+    command.set_defaults(run=run_soak)
 
     command = commands.add_parser("routing", help="a path's view among many URL patterns")
     command.add_argument("--json", action="store_true", help="print the figures as JSON")
@@ -178,6 +182,26 @@ def run_download(options: argparse.Namespace) -> None:
         {"versions": versions, "download": figures},
         f"{versions}\n\n{download.report(results)}",
     )
+
+
+def run_soak(options: argparse.Namespace) -> None:
+    with place(options) as (where, versions), download.file(10) as path:
+        answers = fill(where, options.rows)
+        where.env["BENCH_FILE"] = str(path)
+        views = compare.CELLS["default"]
+        exchanges = [
+            (f"/tornjango/{target}", cookie, body)
+            for view in (*views, "2009", "twenty")
+            for target, cookie, body in answers[view]
+        ]
+        result = soak.run(where, exchanges, options.minutes)
+    show(
+        options,
+        {"versions": versions, "soak": dataclasses.asdict(result)},
+        f"{versions}\n\n{soak.report(result)}",
+    )
+    if result.failures:
+        raise BenchError(f"{len(result.failures)} requests failed")
 
 
 def run_routing(options: argparse.Namespace) -> None:
