@@ -272,22 +272,23 @@ class _Kept:
 
 def _is_connection(value: object) -> bool:
     """Django's own belong to the thread: it looks after them between calls."""
-    return isinstance(value, BaseDatabaseWrapper)
+    return issubclass(type(value), BaseDatabaseWrapper)
 
 
 def _parts(value: Any) -> tuple[Any, ...]:
     """What a value consists of, where it may change without becoming another."""
-    if isinstance(value, dict):
+    # Neither isinstance() nor getattr(): they would have a lazy object look for what it stands for.
+    kind = type(value)
+    if issubclass(kind, dict):
         found: Iterable[Any] = chain(value, value.values())
-    elif isinstance(value, (list, set, deque)):
+    elif issubclass(kind, (list, set, deque)):
         found = value
     else:
-        # Not getattr(): it would have a lazy object look for what it stands for.
         try:
             attributes = object.__getattribute__(value, "__dict__")
         except AttributeError:
             return ()
-        return _parts(attributes) if isinstance(attributes, dict) else ()
+        return _parts(attributes) if type(attributes) is dict else ()
     return tuple(found) if len(value) <= PARTS else (len(value),)
 
 
@@ -326,7 +327,6 @@ def find_locals() -> None:
     frozen = gc.get_freeze_count()
     if frozen:  # the collector does not show those
         gc.unfreeze()
-    # By its type: isinstance() would have a lazy object look for what it stands for.
     _found = [weakref.ref(it) for it in gc.get_objects() if issubclass(type(it), threading.local)]
     if frozen:
         gc.freeze()
