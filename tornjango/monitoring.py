@@ -98,6 +98,7 @@ class Monitor:
             "pid": os.getpid(),
             "in_flight": len(application.in_flight),
             "arriving": len(application.arriving),
+            "native": sum(not isinstance(at, Endpoint) for at in application.native.values()),
             "workers": application.workers.status(),
             "pools": pools.status(),
             "comet": comet.status(),
@@ -162,6 +163,9 @@ class Metrics:
         """Sets the gauges; called on the loop."""
         self._set("requests_in_flight", "Requests that are being answered.", status["in_flight"])
         self._set("requests_arriving", "Requests whose body is on its way.", status["arriving"])
+        self._set(
+            "native_handlers", "Tornado handlers at work, open WebSockets too.", status["native"]
+        )
         self._set("loop_delay_seconds", "The event loop's delay, at worst.", status["loop_delay"])
         for state, count in status["workers"].items():
             self._set("threads", "Worker threads, and calls waiting.", count, state=state)
