@@ -25,8 +25,13 @@ _own_postgres: Postgres
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Before any module of tests is imported: they import models, and those want Django set up."""
+    """Before any module of tests is imported: they import models, and those want Django set up.
+
+    Each process of `-n` has servers of its own; the one that only hands out the tests needs none.
+    """
     global _folder, _postgres, _own_postgres
+    if _hands_out(config):
+        return
     _folder = _make_folder()
     _postgres = Postgres(_folder / "postgres")
     _postgres.start()
@@ -36,9 +41,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
+    if _hands_out(config):
+        return
     _own_postgres.close()
     _postgres.close()
     shutil.rmtree(_folder)
+
+
+def _hands_out(config: pytest.Config) -> bool:
+    return bool(config.getoption("numprocesses", None)) and not hasattr(config, "workerinput")
 
 
 def _make_folder() -> Path:
