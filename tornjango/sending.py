@@ -17,6 +17,7 @@ from django.http.response import HttpResponseBase
 from tornado.httputil import HTTPHeaders, HTTPServerRequest, ResponseStartLine, format_timestamp
 from tornado.iostream import StreamClosedError
 
+from tornjango.exchanges import Exchange
 from tornjango.ranges import Part, Unsatisfiable, wanted
 from tornjango.reading import Reader
 
@@ -212,12 +213,17 @@ class Sending:
 
 def is_closed(connection: Any) -> bool:
     """Whether the client has left."""
+    if isinstance(connection, Exchange):
+        return connection.closed
     return connection.stream is None or bool(connection.stream.closed())
 
 
 def close_after(connection: Any) -> None:
     """Closes the connection behind the answer that is being given."""
-    connection._disconnect_on_finish = True
+    if isinstance(connection, Exchange):
+        connection.last = True
+    else:
+        connection._disconnect_on_finish = True
 
 
 def write_plainly(connection: Any, method: str | None, status: int, reason: str) -> int:

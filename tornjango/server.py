@@ -14,19 +14,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from http import HTTPStatus
 from signal import SIGINT, SIGQUIT, SIGTERM
 from typing import Any, ClassVar, NoReturn
 
-from tornado.httpserver import HTTPServer
-from tornado.httputil import HTTPInputError
-from tornado.iostream import IOStream
 from tornado.web import RequestHandler
 from tornado.websocket import WebSocketHandler
 
 from tornjango import comet, green
 from tornjango.application import Application
-from tornjango.conf import Config, get_config
+from tornjango.conf import get_config
+from tornjango.http1 import HTTP1Server
 from tornjango.watchdog import watching
 
 logger = logging.getLogger("tornjango.server")
@@ -37,91 +34,6 @@ RELOAD_TIMEOUT = 0.5
 END_TIMEOUT = 1.0
 #: How often it is looked whether the last connections have closed, in seconds.
 LINGER_STEP = 0.05
-
-
-_BARE_400 = b"HTTP/1.1 400 Bad Request\r\n\r\n"
-
-
-class ServerStream(IOStream):
-    """A connection whose client is told what was wrong with a request that could not be read.
-
-    Tornado answers such a request with a bare status line, and one whose head is too long not at all.
-    """
-
-    _refused = False
-
-    def write(self, data: bytes | memoryview) -> asyncio.Future[None]:
-        if data == _BARE_400 and isinstance(error := sys.exc_info()[1], HTTPInputError):
-            return self._refuse(HTTPStatus.BAD_REQUEST, f"Bad request: {error}")
-        return super().write(data)
-
-    def _check_max_bytes(self, delimiter: Any, size: int) -> None:
-        limit = self._read_max_bytes
-        if limit is not None and size > limit and not self._refused:
-            self._refuse(*_too_long(delimiter, limit))
-        super()._check_max_bytes(delimiter, size)
-
-    def _refuse(self, status: HTTPStatus, reason: str) -> asyncio.Future[None]:
-        logger.warning("Bad request from %s: %s", self._peer(), reason)
-        self._refused = True
-        return super().write(_plain_answer(status, reason))
-
-    def close_fd(self) -> None:
-        if self._refused:
-            self._take_leave()
-        super().close_fd()
-
-    def _take_leave(self) -> None:
-        """Reads what has arrived already: closing on unread data would reset the answer away (RFC 9112, 9.6)."""
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_WR)
-            for _ in range(64):
-                if not self.socket.recv(64 * 1024):
-                    break
-
-    def _peer(self) -> str:
-        with contextlib.suppress(OSError, AttributeError):
-            return str(self.socket.getpeername()[0])
-        return "a client that left"
-
-
-def _too_long(delimiter: Any, limit: int) -> tuple[HTTPStatus, str]:
-    if delimiter == b"\r\n":  # the only line that Tornado reads by itself is a chunk's size
-        return HTTPStatus.BAD_REQUEST, f"A chunk's size has more than {limit} bytes."
-    status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-    return status, f"The request line and headers are longer than {limit} bytes."
-
-
-def _plain_answer(status: HTTPStatus, reason: str) -> bytes:
-    content = f"{reason}\n".encode()
-    head = (
-        f"HTTP/1.1 {status.value} {status.phrase}\r\n"
-        "Content-Type: text/plain; charset=utf-8\r\n"
-        f"Content-Length: {len(content)}\r\n"
-        "Connection: close\r\n\r\n"
-    )
-    return head.encode() + content
-
-
-class ConnectionServer(HTTPServer):
-    """Tornado's HTTP server, over ``ServerStream`` and with the limits of ``TORNJANGO``."""
-
-    def initialize(  # type: ignore[override]
-        self, application: Application, config: Config, tls: ssl.SSLContext | None
-    ) -> None:
-        super().initialize(
-            application,
-            ssl_options=tls,
-            idle_connection_timeout=config.HEADER_TIMEOUT,
-            body_timeout=config.BODY_TIMEOUT,
-            max_header_size=config.MAX_HEADER_SIZE,
-        )
-
-    def _handle_connection(self, connection: socket.socket, address: Any) -> None:
-        stream = ServerStream(
-            connection, max_buffer_size=self.max_buffer_size, read_chunk_size=self.read_chunk_size
-        )
-        self.handle_stream(stream, address)
 
 
 class Server:
@@ -153,8 +65,8 @@ class Server:
         self._hurry = self._loop.create_future()
         self.application.workers.install(self._loop)
         green.serve(self._loop)
-        http = ConnectionServer(self.application, self.config, self.tls)
-        http.add_sockets(self.sockets)
+        http = HTTP1Server(self.application, self.config)
+        await http.start(self.sockets, self.tls)
         try:
             monitor = self.application.monitor
             with (
@@ -212,9 +124,9 @@ class Server:
         if self._hurry is not None and not self._hurry.done():
             self._hurry.set_result(None)
 
-    async def _drain(self, http: HTTPServer) -> None:
+    async def _drain(self, http: HTTP1Server) -> None:
         """No new connections; parked readers are answered; requests in flight finish, or are told to come back."""
-        http.stop()
+        http.stop(keep_idle=self._lingers)
         self.application.draining = True
         comet.drain()
         self._close_sockets_of_pages()
@@ -250,7 +162,7 @@ class Server:
             if not arrival.done():
                 arrival.set_result(None)
 
-    async def _all_answered(self, limit: float, http: HTTPServer | None) -> None:
+    async def _all_answered(self, limit: float, http: HTTP1Server | None) -> None:
         """Returns when nothing is unfinished, after ``limit`` seconds, or when ``end`` was called.
 
         With ``http`` its connections are waited for, too, while they are worth it.
@@ -269,8 +181,8 @@ class Server:
                 unfinished.add(self._hurry)
             await asyncio.wait(unfinished, timeout=left, return_when=asyncio.FIRST_COMPLETED)
 
-    def _keeps(self, http: HTTPServer) -> bool:
-        return self._lingers and bool(http._connections)
+    def _keeps(self, http: HTTP1Server) -> bool:
+        return self._lingers and http.connections > 0
 
     def _unfinished(self) -> set[asyncio.Future[Any]]:
         answering = {handler.task for handler in self.application.in_flight}
