@@ -14,7 +14,7 @@ import stat
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import BinaryIO, NamedTuple, cast
 
 from django.utils.http import http_date, parse_etags, parse_http_date_safe
@@ -60,10 +60,6 @@ _HASHED = re.compile(r"[^/]\.(?=[a-f]*[0-9])(?=[0-9]*[a-f])[0-9a-f]{8,64}(\.[A-Z
 LARGEST_PART = 8
 
 
-#: What is read of a file at a time when it is not kept in memory, in bytes.
-READ_SIZE = 256 * 1024
-
-
 class Changed(Exception):
     """The file is no longer the one that was looked at."""
 
@@ -90,20 +86,20 @@ class Variant:
         try:
             file = open(self.path, "rb", buffering=0)  # noqa: SIM115  whoever asked closes it
         except (FileNotFoundError, NotADirectoryError) as exc:
-            raise Changed(self.path) from exc
+            raise Changed(f"{self.path} is no longer what it was.") from exc
         found = os.fstat(file.fileno())
         if (found.st_size, found.st_mtime_ns) != (self.size, self.changed):
             file.close()
-            raise Changed(self.path)
+            raise Changed(f"{self.path} is no longer what it was.")
         return cast(BinaryIO, file)
 
     def read(self) -> bytes:
         """The whole content; raises as `open` does."""
-        reader = Reader(self, Part(0, self.size), self.size)
-        try:
-            return b"".join(iter(reader.read, b""))
-        finally:
-            reader.close()
+        with self.open() as file:
+            content = b"".join(iter(partial(file.read, self.size), b""))
+        if len(content) != self.size:
+            raise Changed(f"{self.path} has changed while it was read.")
+        return content
 
 
 class Reply(NamedTuple):
@@ -391,33 +387,6 @@ def content_type_of(name: str) -> tuple[str, str]:
     if content_type.startswith("text/"):
         content_type += "; charset=utf-8"
     return content_type, compression or ""
-
-
-class Reader:
-    """Reads a part of a variant's content from the disk, at most ``step`` bytes at a time."""
-
-    def __init__(self, variant: Variant, part: Part, step: int = READ_SIZE) -> None:
-        self._variant = variant
-        self._step = step
-        self._position, self._left = part
-        self._file: BinaryIO | None = None
-
-    def read(self) -> bytes:
-        """The next bytes, empty at the end. Opens the file at first; raises as `Variant.open` does, and when it ends early."""
-        if not self._left:
-            return b""
-        if self._file is None:
-            self._file = self._variant.open()
-            self._file.seek(self._position)
-        chunk = self._file.read(min(self._step, self._left))
-        if not chunk:
-            raise Changed(self._variant.path)
-        self._left -= len(chunk)
-        return chunk
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
 
 
 class Memory:

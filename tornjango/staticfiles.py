@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 from asgiref.sync import sync_to_async
@@ -35,11 +35,13 @@ from tornado.httputil import (
 from tornjango.access import Answer
 from tornjango.bodies import Body, BodyReceiver
 from tornjango.exceptions import ConfigurationError
-from tornjango.files import READ_SIZE, Changed, File, Folder, Memory, Reader, Reply
+from tornjango.files import Changed, File, Folder, Memory, Reply
 from tornjango.handlers import DjangoHandler
+from tornjango.ranges import Part
+from tornjango.reading import Reader
 from tornjango.requests import path_info, script_name
 from tornjango.routing import is_handler
-from tornjango.sending import close_after, is_closed, stamp
+from tornjango.sending import Sending, close_after, is_closed, stamp
 from tornjango.views import view_name
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ logger = logging.getLogger("tornjango.staticfiles")
 
 T = TypeVar("T")
 
+#: What is written at a time of content in memory, in bytes; what is no larger is written together with the headers.
+AT_ONCE = 256 * 1024
 #: How often a file is looked at again when it changes while it is being answered.
 LOOKS = 3
 
@@ -220,64 +224,49 @@ class StaticHandler(DjangoHandler):
     _written: tuple[Reply, bytes, asyncio.Future[None]] | None = None
 
     def answer_with(self, file: File) -> None:
-        """At once, if the content is in memory and the client takes it; else as its own task."""
-        if is_closed(self._connection):
+        """At once, if the content is in memory and the client takes it; else as a task."""
+        connection: Any = self.request.connection
+        if is_closed(connection):
             return
         self._file = file
-        reply = self._reply(file)
+        reply = self._reply_with(file)
         content = self._at_hand(reply)
-        if content is None or len(content) > READ_SIZE:
-            self.start(Body(), None)
-            return
-        written = self._write_head(reply, content)
-        if written.done() and written.exception() is None:
-            self._connection.finish()
-            self._tell_all(reply, len(content))
-        else:
+        if content is not None and len(content) <= AT_ONCE:
+            written = _write_head(connection, reply, content, last=self.application.draining)
+            if written.done() and written.exception() is None:
+                connection.finish()
+                self._tell_at_once(reply, len(content))
+                return
             self._written = reply, content, written
-            self.start(Body(), None)
+        self.start(Body(), None)
 
-    @property
-    def _connection(self) -> Any:
-        return self.request.connection
-
-    @property
-    def _root(self) -> StaticRoot:
-        static = self.application.static
-        assert isinstance(static, StaticRoot)
-        return static
-
-    def _reply(self, file: File) -> Reply:
+    def _reply_with(self, file: File) -> Reply:
         return file.reply(self.request.method or "", self.request.headers)
 
     def _at_hand(self, reply: Reply) -> bytes | None:
         """The content that goes out, if nothing has to be read for it."""
         if reply.variant is None or reply.part is None:
             return b""
-        content = self._root.memory.get(reply.variant)
-        return None if content is None else _part_of(content, reply)
+        content = self._static_root.memory.get(reply.variant)
+        return None if content is None else _part_of(content, reply.part)
 
-    def _write_head(self, reply: Reply, content: bytes) -> asyncio.Future[None]:
-        headers = HTTPHeaders()
-        for name, value in reply.headers:
-            headers[name] = value
-        stamp(headers)
-        if self.application.draining:
-            headers["Connection"] = "close"
-            close_after(self._connection)
-        start_line = ResponseStartLine("HTTP/1.1", reply.status, HTTPStatus(reply.status).phrase)
-        written: asyncio.Future[None] = self._connection.write_headers(start_line, headers, content)
-        return written
-
-    def _tell_all(self, reply: Reply, sent: int) -> None:
+    def _tell_at_once(self, reply: Reply, sent: int) -> None:
         if self.application.observers:
             self.application.answered(Answer(self.request, reply.status, sent, self.view_name))
+
+    @property
+    def _static_root(self) -> StaticRoot:
+        static = self.application.static
+        assert isinstance(static, StaticRoot)
+        return static
 
     # As a task
 
     async def _answer(self) -> None:
+        self.application.workers.enter()
+        sending = self._sending = FileSending(self.request.connection, self.request, self._cut)
         if self._written is not None:
-            await self._end(*self._written)
+            await sending.end_what_was_written(*self._written)
             return
         for look in range(LOOKS):
             file = self._file or await self._look_again()
@@ -285,91 +274,113 @@ class StaticHandler(DjangoHandler):
                 await self._leave_to_django()
                 return
             try:
-                await self._send(self._reply(file))
+                await self._send_reply(sending, self._reply_with(file))
                 return
             except Changed:
-                if self._sending.begun or look == LOOKS - 1:
+                if sending.begun or look == LOOKS - 1:
                     raise
                 self._file = None
 
     async def _look_again(self) -> File | None:
-        root = self._root
-        path = path_info(self.request.path, script_name())
-        return await self._aside(root.folder.look_again, path[len(root.prefix) :])
+        root = self._static_root
+        name = path_info(self.request.path, script_name())[len(root.prefix) :]
+        return await self._in_worker(root.folder.look_again, name)
 
     async def _leave_to_django(self) -> None:
         await super()._answer()
         match = self._django_request.resolver_match if self._django_request is not None else None
         self.view_name = view_name(match.func) if match is not None else ""
 
-    async def _send(self, reply: Reply) -> None:
+    async def _send_reply(self, sending: FileSending, reply: Reply) -> None:
+        last = self.application.draining
         content = self._at_hand(reply)
         if content is None:
-            content = await self._read(reply)
-        if content is None:
-            await self._send_from_disk(reply)
-        else:
-            await self._send_from_memory(reply, content)
-
-    async def _read(self, reply: Reply) -> bytes | None:
-        """None where the file is too large to be kept."""
+            content = await self._read_whole(reply)
+        if content is not None:
+            await sending.send_content(reply, content, last=last)
+            return
         assert reply.variant is not None
-        loop, pool = asyncio.get_running_loop(), self.application.workers.pool
-        reading = self._root.memory.read(
-            reply.variant, lambda read: loop.run_in_executor(pool, read)
-        )
-        # Others may wait for the same.
-        return None if reading is None else _part_of(await asyncio.shield(reading), reply)
-
-    async def _send_from_memory(self, reply: Reply, content: bytes) -> None:
-        first = content[:READ_SIZE]
-        await self._begin(reply, first)
-        for start in range(READ_SIZE, len(content), READ_SIZE):
-            await self._sending.write(content[start : start + READ_SIZE])
-        self._finish()
-
-    async def _send_from_disk(self, reply: Reply) -> None:
-        assert reply.variant is not None
-        assert reply.part is not None
-        reader = Reader(reply.variant, reply.part)
+        opening = self._in_worker(reply.variant.open)
         try:
-            await self._begin(reply, await self._aside(reader.read))
-            while chunk := await self._aside(reader.read):
-                await self._sending.write(chunk)
-        finally:
-            reader.close()
-        self._finish()
-
-    async def _begin(self, reply: Reply, content: bytes) -> None:
-        await self._flush(reply, content, self._write_head(reply, content))
-
-    async def _end(self, reply: Reply, content: bytes, written: asyncio.Future[None]) -> None:
-        await self._flush(reply, content, written)
-        self._finish()
-
-    async def _flush(self, reply: Reply, content: bytes, written: asyncio.Future[None]) -> None:
-        sending = self._sending
-        sending.begun, sending.status, sending.sent = True, reply.status, len(content)
-        await sending.flushed(written)
-
-    def _finish(self) -> None:
-        self._connection.finish()
-        self._sending.finished = True
-
-    async def _aside(self, fn: Callable[..., T], *args: Any) -> T:
-        """In a worker thread; when this is cancelled, it ends when the thread has, so that nothing is closed under it."""
-        loop = asyncio.get_running_loop()
-        running = loop.run_in_executor(self.application.workers.pool, fn, *args)
-        try:
-            return await asyncio.shield(running)
+            file = await asyncio.shield(opening)
         except asyncio.CancelledError:
-            await asyncio.wait({running})
-            if not running.cancelled():
-                running.exception()  # nobody else looks
+            opening.add_done_callback(_close_opened)
             raise
+        with file:
+            await sending.send_part(reply, file, last=last)
+
+    async def _read_whole(self, reply: Reply) -> bytes | None:
+        """The content that goes out; None where the file is not kept in memory."""
+        if reply.variant is None or reply.part is None:
+            return b""
+        reading = self._static_root.memory.read(reply.variant, self._in_worker)
+        # Others may wait for the same.
+        return None if reading is None else _part_of(await asyncio.shield(reading), reply.part)
+
+    def _in_worker(self, fn: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        """Raises ``Overloaded``."""
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self.application.workers.pool, fn, *args)
 
 
-def _part_of(content: bytes, reply: Reply) -> bytes:
-    assert reply.part is not None
-    start, length = reply.part
+class FileSending(Sending):
+    """Sends what `File.reply` says."""
+
+    async def send_content(self, reply: Reply, content: bytes, *, last: bool) -> None:
+        """``content`` is what goes out; it is written a piece at a time, so that it is not copied for a slow client."""
+        await self._begin(reply, content[:AT_ONCE], last)
+        for start in range(AT_ONCE, len(content), AT_ONCE):
+            await self.write(content[start : start + AT_ONCE])
+        self._finish()
+
+    async def send_part(self, reply: Reply, file: BinaryIO, *, last: bool) -> None:
+        """Raises `Changed` where the file ends before its time."""
+        assert reply.part is not None
+        reader = Reader(file, skip=reply.part.start, length=reply.part.length)
+        await self._begin(reply, await reader.read(), last)
+        while chunk := await reader.read():
+            await self.write(chunk)
+        if self.sent < reply.part.length:
+            raise Changed(f"{file.name} has become shorter while it was sent.")
+        self._finish()
+
+    async def end_what_was_written(
+        self, reply: Reply, content: bytes, written: asyncio.Future[None]
+    ) -> None:
+        self._note(reply, content)
+        await self.flushed(written)
+        self._finish()
+
+    async def _begin(self, reply: Reply, content: bytes, last: bool) -> None:
+        written = _write_head(self.connection, reply, content, last=last)
+        self._note(reply, content)
+        await self.flushed(written)
+
+    def _note(self, reply: Reply, content: bytes) -> None:
+        self.begun, self.status, self.sent = True, reply.status, len(content)
+
+
+def _write_head(
+    connection: Any, reply: Reply, content: bytes, *, last: bool
+) -> asyncio.Future[None]:
+    headers = HTTPHeaders()
+    for name, value in reply.headers:
+        headers[name] = value
+    stamp(headers)
+    if last:
+        headers["Connection"] = "close"
+        close_after(connection)
+    start_line = ResponseStartLine("HTTP/1.1", reply.status, HTTPStatus(reply.status).phrase)
+    written: asyncio.Future[None] = connection.write_headers(start_line, headers, content)
+    return written
+
+
+def _part_of(content: bytes, part: Part) -> bytes:
+    start, length = part
     return content if length == len(content) else content[start : start + length]
+
+
+def _close_opened(opening: asyncio.Future[BinaryIO]) -> None:
+    """Whoever asked for the file has left."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
