@@ -141,6 +141,7 @@ async def test_what_holds_up_the_loop_is_named_at_once_and_at_its_end(
         assert f"{__file__}:" in line
         assert source in line
     assert "Its stack:\n" in still
+    assert "run_forever" not in still
     assert advice in after
 
 
@@ -213,7 +214,7 @@ async def test_a_process_that_was_stopped_held_up_nothing() -> None:
 async def test_what_lets_no_other_thread_run_counts_from_when_it_began() -> None:
     with recorded() as record:
         dog = _Looked()
-        dog.look(3.25, late=3, used=3)
+        dog.look(3.25, late=3, used=1.5)  # and had half a processor
         dog.goes_on()
         dog.look(0.25)
     assert _times(record.lines) == ["3.00"]

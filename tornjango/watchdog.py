@@ -53,6 +53,9 @@ HUNG = 10
 #: How long a line that was named is not named again, in seconds.
 QUIET = 60.0
 
+#: The share of a processor with which a thread is at work. On a busy machine there may not be more for it.
+AT_WORK = 0.2
+
 DEBUGGERS = {"IPython", "_pydevd_bundle", "bdb", "code", "ipdb", "pdb", "pudb", "pydevd"}
 
 _OWN = Path(tornjango.__file__).parent
@@ -167,7 +170,7 @@ class Watchdog:
     def _look(self, now: float, overslept: float, used: float) -> None:
         """``overslept`` is by how long this look is late, and ``used`` the loop's processor time since the last one."""
         since = now
-        if overslept > self._pause and used > overslept / 2:
+        if overslept > self._pause and used > overslept * AT_WORK:
             since = now - overslept  # something in C has let no other thread run
         elif overslept > self._pause and self._stretch is not None:
             self._stretch.began += overslept  # the process was stopped, or had no processor
@@ -200,7 +203,7 @@ class Watchdog:
         seconds = now - stretch.began
         if seconds >= HUNG * self._limit and not stretch.said and not stretch.debugged:
             stretch.said = True
-            stack = "".join(traceback.format_stack(frame))
+            stack = "".join(traceback.format_list(_below_the_loop(frame)))
             place = _most_seen(stretch)
             logger.warning(
                 "The event loop has been held up for %.2f s and still is, %s. "
@@ -272,6 +275,7 @@ def _view_of(task: asyncio.Task[object]) -> str:
     return view_name(type(handler)) if isinstance(handler, RequestHandler) else ""
 
 
+_RUN = asyncio.Handle._run.__code__
 _GREEN = green._Green.run.__code__
 _RUN_ONCE = asyncio.BaseEventLoop._run_once.__code__  # type: ignore[attr-defined]
 
@@ -289,6 +293,14 @@ def _stack(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+def _below_the_loop(frame: FrameType) -> traceback.StackSummary:
+    """Without what called the loop, which is the same each time."""
+    frames = list(_stack(frame))
+    starts = (at for at, inner in enumerate(frames) if inner.f_code is _RUN)
+    inside = frames[: next(starts, len(frames))]
+    return traceback.StackSummary.extract((inner, inner.f_lineno) for inner in reversed(inside))
 
 
 def _is_debugged(frame: FrameType) -> bool:
