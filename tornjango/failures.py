@@ -97,7 +97,7 @@ def _in_thread(page: Page, default: Page, *args: Any, **kwargs: Any) -> HttpResp
         return green.aside(_rendered, page, *args, **kwargs)
     except Overloaded as exc:
         logger.warning("%s has no thread, and Django's own page is the answer: %s", page, exc)
-        return default(*args, **kwargs)
+    return default(*args, **kwargs)
 
 
 def _rendered(page: Page, *args: Any, **kwargs: Any) -> HttpResponseBase:
@@ -112,8 +112,10 @@ def _send(sender: Any, **named: Any) -> list[tuple[Any, Any]]:
         return send(**named)
     try:
         return green.aside(send, **named)
-    except Overloaded:  # better a moment of the loop's time than an error that nobody hears of
-        return send(**named)
+    except Overloaded:
+        pass  # better a moment of the loop's time than an error that nobody hears of
+    # Out here, the exception that is being handled is that of the request.
+    return send(**named)
 
 
 def only_django_listens(signal: Any) -> bool:
