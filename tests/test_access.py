@@ -178,8 +178,15 @@ async def test_what_is_refused_before_django_is_logged() -> None:
         async with serving(TORNJANGO={"ACCESS_LOG": "json", "MAX_BODY_SIZE": 10}) as site:
             await site.request("/upload/", method="POST", body=b"x" * 11)
             await site.raw(b"GET /status/200/ HTTP/1.1\r\nHost: a b\r\n\r\n")
-            await _lines_of(site, log, 2)
-    large, hostless = log.objects
+            await site.raw(b"nonsense\r\n\r\n")
+            await site.raw(b"GET / HTTP/1.1\r\nX: " + b"x" * 70_000)
+            await _lines_of(site, log, 4)
+    large, hostless, unread, long = log.objects
+    assert [(line["status"], line["method"], line["path"]) for line in (unread, long)] == [
+        (400, "", ""),
+        (431, "", ""),
+    ]
+    assert unread["bytes"] > 0
     assert (large["status"], large["path"]) == (413, "/upload/")
     assert large["bytes"] == len("The request body is larger than 10 bytes.\n")
     assert (hostless["status"], hostless["path"]) == (400, "/status/200/")

@@ -64,7 +64,7 @@ async def test_a_server_that_is_well_says_so_with_its_numbers() -> None:
     assert answer.header("Content-Type") == "application/json; charset=UTF-8"
     told = json.loads(answer.body)
     assert (told["status"], told["pid"], told["in_flight"]) == ("ok", os.getpid(), 1)
-    assert (told["native"], told["arriving"]) == (0, 0)
+    assert (told["native"], told["arriving"], told["connections"]) == (0, 0, 2)
     assert told["workers"] == {"size": 3, "busy": 0, "waiting": 0}
     assert set(told["pools"]) == {"default", "own", "sqlite"}
     assert told["loop_delay"] >= 0
@@ -179,6 +179,7 @@ async def test_the_state_of_the_server_is_told() -> None:
         await views.gates["parked"].wait()
         samples = await _scraped(site)
     assert _value(samples, "tornjango_requests_in_flight") == 1
+    assert _value(samples, "tornjango_connections_open") == 2
     assert _value(samples, "tornjango_threads", state="size") == 3
     assert _value(samples, "tornjango_pool", database="default", state="in_use") == 0
     assert _value(samples, "tornjango_comet", state="parked") == 0
@@ -260,7 +261,7 @@ django.setup()
 from tornjango import access, monitoring
 metrics = monitoring.Metrics()
 metrics.observe(access.Answer(access.Unread("", "GET", "/"), 200, 1, "a"))
-gauges = {"in_flight": 1, "native": 0, "arriving": 0, "workers": {}, "pools": {}, "comet": {}}
+gauges = {"in_flight": 1, "connections": 0, "native": 0, "arriving": 0, "workers": {}, "pools": {}, "comet": {}}
 metrics.set({**gauges, "loop_delay": float(sys.argv[1])})
 import prometheus_client
 print("ready", flush=True)

@@ -146,7 +146,7 @@ def _common(answer: Answer) -> str:
     return (
         f"{_word(answer.request.remote_ip)} - {_word(_utf8(answer.user))} "
         f"[{_clf_time(int(answer.request._start_time))}] "
-        f'"{_escaped(answer.line)}" {answer.status} {sent} '
+        f'"{_escaped(answer.line or "-")}" {answer.status} {sent} '
         f'"{_escaped(headers.get("Referer") or "-")}" "{_escaped(headers.get("User-Agent") or "-")}"'
     )
 

@@ -14,7 +14,13 @@ from django.apps import apps
 from django.conf import settings
 from django.urls import NoReverseMatch, reverse
 from django.utils.module_loading import autodiscover_modules
-from tornado.httputil import HTTPHeaders, HTTPInputError, HTTPMessageDelegate, HTTPServerRequest
+from tornado.httputil import (
+    HTTPHeaders,
+    HTTPInputError,
+    HTTPMessageDelegate,
+    HTTPServerRequest,
+    RequestStartLine,
+)
 from tornado.routing import AnyMatches, Router, Rule
 from tornado.web import Application as TornadoApplication
 from tornado.web import RequestHandler, _HandlerDelegate
@@ -104,6 +110,12 @@ class Application(TornadoApplication):
     def answered(self, answer: Answer) -> None:
         for observer in self.observers:
             observer(answer)
+
+    def refused(
+        self, context: Any, start_line: RequestStartLine | None, status: int, sent: int
+    ) -> None:
+        """What could not be read, or not be taken, was answered without a handler."""
+        self.answered(Answer(Unread(context.remote_ip, *(start_line or ())), status, sent))
 
     def log_request(self, handler: RequestHandler) -> None:
         """Tornado's: for its own handlers, when their answer is out. Django's tell of theirs by themselves."""
@@ -253,8 +265,7 @@ class RequestReceiver(HTTPMessageDelegate):
         except HTTPInputError as exc:
             logger.warning("Bad request from %s: %s", self.request_conn.context, exc)
             sent = refuse_on(self.request_conn, start_line.method, 400, f"Bad request: {exc}")
-            refused = Unread(self.request_conn.context.remote_ip, *start_line)
-            self.application.answered(Answer(refused, 400, sent))
+            self.application.refused(self.request_conn.context, start_line, 400, sent)
             return None
         self.delegate = self.application.find_handler(request)
         return self.delegate.headers_received(start_line, headers)

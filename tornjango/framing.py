@@ -33,6 +33,8 @@ class Refusal(Exception):
         super().__init__(reason)
         self.status = status
         self.reason = reason
+        #: What the client is shown.
+        self.content = f"{reason}\n".encode()
 
 
 class Body(Protocol):

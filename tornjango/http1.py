@@ -17,7 +17,12 @@ from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any, cast
 
-from tornado.httputil import HTTPInputError, HTTPServerConnectionDelegate, format_timestamp
+from tornado.httputil import (
+    HTTPInputError,
+    HTTPServerConnectionDelegate,
+    RequestStartLine,
+    format_timestamp,
+)
 from tornado.iostream import StreamClosedError
 
 from tornjango.conf import Config
@@ -47,6 +52,10 @@ _BACKLOG = 1024
 
 #: Told by poll() behind whatever is unread; elsewhere than on Linux POLLHUP says it.
 _HUNG_UP = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
+
+
+#: Told of the connection, the request line where it could be read, the status, and the size of what was sent.
+Refused = Callable[["Context", RequestStartLine | None, int, int], None]
 
 
 class State(enum.Enum):
@@ -482,8 +491,10 @@ class Connection(asyncio.Protocol):
         logger.log(level, "Bad request from %s: %s", self.context, refusal.reason)
         exchange, self.exchange = self.exchange, None
         if exchange is None or not exchange.begun:
-            bodyless = exchange is not None and exchange.request.method == "HEAD"
-            self.write(_plain_answer(refusal, bodyless))
+            line = exchange.request if exchange is not None else None
+            content = b"" if line is not None and line.method == "HEAD" else refusal.content
+            self.write(_plain_head(refusal) + content)
+            self.server.refused(self.context, line, refusal.status, len(content))
         if exchange is not None:
             exchange.leave()
         self._end(linger=True)
@@ -584,25 +595,27 @@ def _fail(writer: asyncio.Future[None]) -> asyncio.Future[None]:
     return writer
 
 
-def _plain_answer(refusal: Refusal, bodyless: bool) -> bytes:
-    content = f"{refusal.reason}\n".encode()
+def _plain_head(refusal: Refusal) -> bytes:
     retry = "Retry-After: 1\r\n" if refusal.status == 503 else ""
     head = (
         f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}\r\n"
         f"Date: {format_timestamp(time.time())}\r\n"
         "Content-Type: text/plain; charset=utf-8\r\n"
-        f"Content-Length: {len(content)}\r\n"
+        f"Content-Length: {len(refusal.content)}\r\n"
         f"{retry}Connection: close\r\n\r\n"
     )
-    return head.encode() + (b"" if bodyless else content)
+    return head.encode()
 
 
 class HTTP1Server:
     """Accepts connections, and has ``application.start_request`` answer what comes on them."""
 
-    def __init__(self, application: HTTPServerConnectionDelegate, config: Config) -> None:
-        """On the loop that serves."""
+    def __init__(
+        self, application: HTTPServerConnectionDelegate, config: Config, refused: Refused
+    ) -> None:
+        """On the loop that serves. ``refused`` is told of what is answered without the application."""
         self.application = application
+        self.refused = refused
         self.config = config
         self.loop = asyncio.get_running_loop()
         #: Whether every answer is the last of its connection.

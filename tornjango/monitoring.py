@@ -30,6 +30,7 @@ from tornjango.access import Answer
 from tornjango.conf import Config
 from tornjango.db import pools
 from tornjango.exceptions import ConfigurationError, Overloaded
+from tornjango.http1 import HTTP1Server
 from tornjango.workers import WorkerPool
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Monitor:
         self._application = application
         self._delays: deque[float] = deque([0.0], maxlen=STEPS)
         self._timer: asyncio.TimerHandle | None = None
+        self._http: HTTP1Server | None = None
         self.metrics = Metrics() if config.METRICS else None
         #: For the application's router.
         self.rules: list[Rule] = []
@@ -72,8 +74,9 @@ class Monitor:
         self.rules.append(Rule(PathMatches(re.escape(path)), handler, {"monitor": self}))
 
     @contextlib.contextmanager
-    def measuring(self) -> Iterator[None]:
-        """Inside, the delay of the running loop is measured."""
+    def measuring(self, http: HTTP1Server) -> Iterator[None]:
+        """Inside, the delay of the running loop is measured, and the connections are those of ``http``."""
+        self._http = http
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(STEP, self._step, loop, loop.time() + STEP)
         try:
@@ -96,6 +99,7 @@ class Monitor:
         return {
             "status": "draining" if application.draining else "ok",
             "pid": os.getpid(),
+            "connections": self._http.connections if self._http is not None else 0,
             "in_flight": len(application.in_flight),
             "arriving": len(application.arriving),
             "native": sum(not isinstance(at, Endpoint) for at in application.native.values()),
@@ -161,6 +165,7 @@ class Metrics:
 
     def set(self, status: dict[str, Any]) -> None:
         """Sets the gauges; called on the loop."""
+        self._set("connections_open", "Connections of clients.", status["connections"])
         self._set("requests_in_flight", "Requests that are being answered.", status["in_flight"])
         self._set("requests_arriving", "Requests whose body is on its way.", status["arriving"])
         self._set(

@@ -65,13 +65,13 @@ class Server:
         self._hurry = self._loop.create_future()
         self.application.workers.install(self._loop)
         green.serve(self._loop)
-        http = HTTP1Server(self.application, self.config)
+        http = HTTP1Server(self.application, self.config, self.application.refused)
         await http.start(self.sockets, self.tls)
         try:
             monitor = self.application.monitor
             with (
                 watching(self.config),
-                monitor.measuring() if monitor else contextlib.nullcontext(),
+                monitor.measuring(http) if monitor else contextlib.nullcontext(),
             ):
                 if begun is not None:
                     begun(self)
