@@ -23,6 +23,7 @@ from django.test import override_settings
 from django.urls import set_script_prefix
 
 import tornjango
+from tests.projects import Project
 from tests.serving import Site, reached, serving, until
 from tornjango.exceptions import ConfigurationError
 from tornjango.files import Changed, Folder, Memory, Variant, content_type_of
@@ -914,3 +915,40 @@ async def test_media_are_not_served_otherwise(media: Root, settings: dict[str, A
     async with serving_media(media, **settings) as site:
         assert (await site.request("/media/pictures/a.txt")).status == 404
         assert (await site.request("/pictures/a.txt")).status == 404
+
+
+@pytest.mark.gen_test
+async def test_parts_of_files_are_sent_in_development_too(media: Root) -> None:
+    headers = [("Range", "bytes=2-4")]
+    async with serving_media(media) as site:
+        answer = await site.request("/media/pictures/a.txt", headers=headers)
+        assert (answer.status, answer.body) == (206, b"234")
+        assert answer.header("Content-Range") == "bytes 2-4/10"
+    async with serving_static() as site:
+        whole = await site.request(SCRIPT)
+        answer = await site.request(SCRIPT, headers=headers)
+        assert (answer.status, answer.body) == (206, whole.body[2:5])
+
+
+# Commands
+
+
+@pytest.mark.slow
+def test_serve_serves_the_static_root_where_it_is_told_to(tmp_path: Path) -> None:
+    project = Project(tmp_path, debug=False)
+    with (tmp_path / "settings.py").open("a") as settings:
+        settings.write(f"STATIC_ROOT = {str(tmp_path / 'root')!r}\n")
+    command = ("manage.py", "serve", "0", "--static")
+    done = project.run(*command)
+    assert done.returncode == 1
+    assert "STATIC_ROOT cannot be read" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert project.run("manage.py", "collectstatic", "--noinput").returncode == 0
+    with project.running(*command) as server:
+        server.wait_until_it_serves()
+        assert "class Comet" in server.get("/static/tornjango/comet.js")
+    with project.running(*command, "--nostatic") as server:
+        server.wait_until_it_serves()
+        with pytest.raises(OSError, match="404") as refused:
+            server.get("/static/tornjango/comet.js")
+        refused.value.close()  # type: ignore[attr-defined]
