@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 ROOT = Path(__file__).parent.parent
@@ -99,8 +100,8 @@ class Project:
         )
 
     @contextmanager
-    def running(self, *command: str) -> Iterator[Process]:
-        process = Process(self, command)
+    def running(self, *command: str, pass_fds: tuple[int, ...] = ()) -> Iterator[Process]:
+        process = Process(self, command, pass_fds)
         try:
             yield process
         finally:
@@ -110,7 +111,9 @@ class Project:
 class Process:
     """A server that was started by a command."""
 
-    def __init__(self, project: Project, command: tuple[str, ...]) -> None:
+    def __init__(
+        self, project: Project, command: tuple[str, ...], pass_fds: tuple[int, ...] = ()
+    ) -> None:
         self.process = subprocess.Popen(
             [sys.executable, *command],
             cwd=project.folder,
@@ -119,6 +122,7 @@ class Process:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            pass_fds=pass_fds,
             # Ignored where the tests run in the background of a shell, and then by the server too.
             preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
@@ -127,7 +131,7 @@ class Process:
         self.lines: list[str] = []
         self.url = ""
         # Nothing of this takes as long: a line that does not come ends the test, and not the suite's patience.
-        self.watchdog = threading.Timer(30, self.signal, (signal.SIGKILL,))
+        self.watchdog = threading.Timer(60, self.signal, (signal.SIGKILL,))
         self.watchdog.start()
 
     def wait_for(self, text: str) -> str:
@@ -160,6 +164,14 @@ class Process:
     def get(self, path: str) -> str:
         with urlopen(self.url + path, timeout=20) as response:
             return str(response.read().decode())
+
+    def status(self, path: str) -> int:
+        try:
+            with urlopen(self.url + path, timeout=20) as response:
+                return int(response.status)
+        except HTTPError as answer:
+            with answer:
+                return answer.code
 
     def signal(self, number: int = signal.SIGINT) -> None:
         """To the whole group, as a terminal does."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -165,3 +166,109 @@ def test_a_startproject_is_served_with_its_admin(tmp_path: Path) -> None:
         assert "DJANGO Admin styles" in server.get("/static/admin/css/base.css")
         server.signal()
         assert server.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--workers", "-1"), "argument --workers: it must be a whole number, or 0, not '-1'"),
+        (("--graceful-timeout", "soon"), "it must be a positive number of seconds, not 'soon'"),
+        (("--access-log", "loud"), "it must be one of auto, runserver, common, json, off"),
+        (("--health", "well"), "it must be a path that begins with a slash"),
+    ],
+)
+def test_a_wrong_option_is_said_before_anything_is_done(
+    options: tuple[str, ...], reason: str, tmp_path: Path
+) -> None:
+    done = Project(tmp_path).run(*PYTHON_M, "serve", *options)
+    assert done.returncode == 2
+    assert reason in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_options_go_before_settings(tmp_path: Path) -> None:
+    settings = '{"GRACEFUL_TIMEOUT": 7, "THREADS": 3, "TRUSTED_PROXIES": ["10.0.0.1"]}'
+    project = Project(tmp_path, options=settings)
+    project.write(
+        "urls.py",
+        "from django.http import HttpResponse\nfrom django.urls import path\nfrom tornjango.conf import get_config\n"
+        "def shown(request):\n    c = get_config()\n"
+        "    return HttpResponse(repr((c.GRACEFUL_TIMEOUT, c.THREADS, c.TRUSTED_PROXIES, c.STATIC)))\n"
+        "urlpatterns = [path('', shown)]\n",
+    )
+    options = ("--graceful-timeout", "0.5", "--proxy", "unix", "--proxy", "10.0.0.0/8", "--static")
+    with project.running(*PYTHON_M, "serve", "0", "--noreload", *options) as server:
+        server.wait_until_it_serves()
+        assert server.get("/") == "(0.5, 3, ['unix', '10.0.0.0/8'], True)"
+    with project.running("manage.py", "runserver", "0", "--noreload", "--nothreading") as server:
+        server.wait_until_it_serves()
+        assert server.get("/") == "(7, 1, ['10.0.0.1'], False)"
+
+
+OTHERS_RUNSERVER = """
+from {base} import Command as Base
+
+class Command(Base):
+    def add_arguments(self, parser):
+        super().add_arguments(parser)
+        parser.add_argument("--of-theirs", action="store_true")
+
+    def inner_run(self, *args, **options):
+        self.stdout.write(f"theirs: {{options['of_theirs']}}")
+        super().inner_run(*args, **options)
+"""
+DJANGOS = "django.core.management.commands.runserver"
+NOT_DJANGOS = (
+    "from django.core.management.base import BaseCommand\nclass Command(BaseCommand): pass"
+)
+
+
+def add_app(project: Project, name: str, runserver: str) -> None:
+    commands = project.folder / name / "management" / "commands"
+    commands.mkdir(parents=True)
+    for folder in (commands, commands.parent, commands.parent.parent):
+        (folder / "__init__.py").touch()
+    (commands / "runserver.py").write_text(runserver)
+
+
+def test_another_apps_runserver_that_comes_later_keeps_its_ways(tmp_path: Path) -> None:
+    apps = ("tornjango", "odd", "theirs", "django.contrib.staticfiles")
+    project = Project(tmp_path, apps=apps)
+    add_app(project, "odd", NOT_DJANGOS)
+    staticfiles = "django.contrib.staticfiles.management.commands.runserver"
+    add_app(project, "theirs", OTHERS_RUNSERVER.format(base=staticfiles))
+    command = ("manage.py", "runserver", "0", "--noreload", "--of-theirs")
+    with project.running(*command) as server:
+        server.wait_for("theirs: True")
+        server.wait_until_it_serves()
+        assert "class Comet" in server.get("/static/tornjango/comet.js")
+
+
+def test_an_app_with_a_server_of_its_own_is_not_asked(tmp_path: Path) -> None:
+    project = Project(tmp_path, apps=("tornjango", "daphne", "django.contrib.staticfiles"))
+    add_app(project, "daphne", "raise ZeroDivisionError")
+    with project.running("manage.py", "runserver", "0", "--noreload") as server:
+        server.wait_until_it_serves()
+        assert "class Comet" in server.get("/static/tornjango/comet.js")
+
+
+@pytest.mark.parametrize("apps", [("tornjango",), ("tornjango", "django.contrib.staticfiles")])
+def test_wsgi_goes_back_to_djangos_own_server(apps: tuple[str, ...], tmp_path: Path) -> None:
+    project = Project(tmp_path, apps=apps)
+    # Django's own serves what WSGI_APPLICATION says, and no async view without asgiref's bridge.
+    with project.running("manage.py", "runserver", "127.0.0.1:0", "--noreload", "--wsgi") as server:
+        line = server.wait_for("development server at")
+        server.url = line.split(" at ")[1].strip().rstrip("/")
+        server.wait_for("WARNING: This is a development server.")
+        with urlopen(f"{server.url}/page/") as response:
+            assert response.headers["Server"].startswith("WSGIServer/")
+            assert response.read() == b"first"
+
+
+def test_the_options_of_runserver_are_djangos(tmp_path: Path) -> None:
+    shown = Project(tmp_path).run("manage.py", "runserver", "--help").stdout
+    for option in ("--nostatic", "--insecure", "--ipv6", "--noreload", "--nothreading"):
+        assert option in shown
+    for option in ("--skip-checks", "--settings", "--pythonpath", "--no-color", "--wsgi"):
+        assert option in shown
+    assert "--workers" not in shown

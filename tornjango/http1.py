@@ -28,6 +28,7 @@ from tornado.iostream import StreamClosedError
 from tornjango.conf import Config
 from tornjango.exchanges import Exchange
 from tornjango.framing import BROKEN, Body, Head, Refusal, is_broken, read_head
+from tornjango.sockets import backlog
 from tornjango.streams import TransportStream
 from tornjango.timers import Wheel
 
@@ -47,8 +48,8 @@ LOOK_SECONDS = 5.0
 #: Connections beyond MAX_CONNECTIONS that are told so; the next ones are dropped without a word.
 TURNED_AWAY = 1000
 
-#: Connections that may wait to be accepted.
-_BACKLOG = 1024
+#: Rounds of the loop between accepting a connection and knowing of it.
+ACCEPTING_ROUNDS = 4
 
 #: Told by poll() behind whatever is unread; elsewhere than on Linux POLLHUP says it.
 _HUNG_UP = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
@@ -620,6 +621,8 @@ class HTTP1Server:
         self.loop = asyncio.get_running_loop()
         #: Whether every answer is the last of its connection.
         self.stopping = False
+        #: Whether connections that come nevertheless are told to come back.
+        self.turns_away = False
         #: What a write returns when nobody has to wait.
         self.written: asyncio.Future[None] = self.loop.create_future()
         self.written.set_result(None)
@@ -641,20 +644,29 @@ class HTTP1Server:
                 sock=listening,
                 ssl=ssl,
                 ssl_handshake_timeout=self.config.HEADER_TIMEOUT if ssl else None,
-                backlog=_BACKLOG,
+                backlog=backlog(),
             )
             self._servers.append(server)
 
-    def stop(self, *, keep_idle: bool = False) -> None:
+    async def stop(self, *, keep_idle: bool = False) -> None:
         """Accepts no more. Idle connections are closed, or (with ``keep_idle``) kept for one more request; the others
         are closed behind the answer that is being given."""
-        self.stopping = True
+        self.stopping, self.turns_away = True, not keep_idle
+        await self._finish_accepting()
         for server in self._servers:
             server.close()
         self._servers.clear()
         if not keep_idle:
             for connection in list(self._open):
                 connection.stop()
+
+    async def _finish_accepting(self) -> None:
+        """What asyncio has accepted becomes a connection a few rounds of the loop later, unless its server is closed."""
+        for server in self._servers:
+            for listening in server.sockets:
+                self.loop.remove_reader(listening.fileno())
+        for _ in range(ACCEPTING_ROUNDS):
+            await asyncio.sleep(0)
 
     async def close_all_connections(self) -> None:
         """Returns when all are closed: a client has ``LINGER_SECONDS`` to take what was sent to it already."""
@@ -672,7 +684,7 @@ class HTTP1Server:
     def opened(self, connection: Connection) -> None:
         count = len(self._open)
         self._open.add(connection)
-        if count < self.config.MAX_CONNECTIONS and not self.stopping:
+        if count < self.config.MAX_CONNECTIONS and not self.turns_away:
             connection.welcome()
         elif count < self.config.MAX_CONNECTIONS + TURNED_AWAY:
             connection.turn_away()

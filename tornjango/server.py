@@ -32,6 +32,8 @@ logger = logging.getLogger("tornjango.server")
 RELOAD_TIMEOUT = 0.5
 #: How long requests may take to notice that they are ended, in seconds.
 END_TIMEOUT = 1.0
+#: How long a connection that was accepted at the last moment may take to be encrypted, in seconds.
+HANDSHAKE = 1.0
 #: How often it is looked whether the last connections have closed, in seconds.
 LINGER_STEP = 0.05
 
@@ -126,8 +128,8 @@ class Server:
 
     async def _drain(self, http: HTTP1Server) -> None:
         """No new connections; parked readers are answered; requests in flight finish, or are told to come back."""
-        http.stop(keep_idle=self._lingers)
         self.application.draining = True
+        await http.stop(keep_idle=self._lingers)
         comet.drain()
         self._close_sockets_of_pages()
         if self._streams_end:
@@ -167,10 +169,10 @@ class Server:
 
         With ``http`` its connections are waited for, too, while they are worth it.
         """
-        deadline = time.monotonic() + limit
+        began = time.monotonic()
         while True:
-            unfinished, lingers = self._unfinished(), http is not None and self._keeps(http)
-            left = deadline - time.monotonic()
+            unfinished, lingers = self._unfinished(), http is not None and self._keeps(http, began)
+            left = began + limit - time.monotonic()
             if left <= 0 or not (unfinished or lingers):
                 return
             if lingers:  # that a connection closes is not told
@@ -181,8 +183,10 @@ class Server:
                 unfinished.add(self._hurry)
             await asyncio.wait(unfinished, timeout=left, return_when=asyncio.FIRST_COMPLETED)
 
-    def _keeps(self, http: HTTP1Server) -> bool:
-        return self._lingers and http.connections > 0
+    def _keeps(self, http: HTTP1Server, began: float) -> bool:
+        """A while at least: connections are still being encrypted that are not counted yet."""
+        young = self.tls is not None and time.monotonic() - began < HANDSHAKE
+        return self._lingers and (http.connections > 0 or young)
 
     def _unfinished(self) -> set[asyncio.Future[Any]]:
         answering = {handler.task for handler in self.application.in_flight}

@@ -132,8 +132,9 @@ class Command(RunserverCommand):
         told_an_address = self._options["addrport"] and self._options["unix"] is None
         if not self.config.UNIX or told_an_address:
             return []
-        listener = on_path(self.config.UNIX)
-        self.file = SocketFile(self.config.UNIX)
+        path = os.path.abspath(self.config.UNIX)
+        listener = on_path(path)
+        self.file = SocketFile(path)
         return [listener]
 
     def on_bind(self, server_port: int) -> None:
