@@ -232,7 +232,7 @@ class Config:
         False, "whether the files of STATIC_ROOT are served where DEBUG is off", "--static"
     )
     STATIC_CACHE: int = _bytes(
-        64 * 1024 * 1024, "size of the static files that are kept in memory, together"
+        64 * 1024 * 1024, "size of the static files that a process keeps in memory, together"
     )
     MAX_CONNECTIONS: int = _number(
         50_000, "connections at one time; one more is answered 503", "--max-connections"

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import BinaryIO, NamedTuple, cast
@@ -257,8 +257,9 @@ class Folder:
         #: Compressed variants that are older than what they are variants of, and so not used.
         self.stale: list[str] = []
         self.files: dict[str, File] = {}
-        for name in _walk(root, "", frozenset()):
-            self._add(name)
+        names = dict.fromkeys(_walk(root, "", frozenset()))
+        for name in names:
+            self._add(name, names)
 
     def look_again(self, name: str) -> File | None:
         """What is on the disk now, in the table from now on; waits for the disk. Any thread may call it."""
@@ -268,21 +269,23 @@ class Folder:
             self._hashed = frozenset(self._hashed_names())
         return self._add(name)
 
-    def _add(self, name: str) -> File | None:
-        variants = tuple(self._variants(name))
+    def _add(self, name: str, known: Container[str] | None = None) -> File | None:
+        """``known`` are all names that are there, which saves looking for others."""
+        endings = [ending for ending in ENCODINGS if known is None or name + ending in known]
+        variants = tuple(self._variants(name, endings))
         if not variants:
             self.files.pop(name, None)
             return None
         self.files[name] = File(name, variants)
         return self.files[name]
 
-    def _variants(self, name: str) -> Iterator[Variant]:
+    def _variants(self, name: str, endings: list[str]) -> Iterator[Variant]:
         path = os.path.join(self.root, name)
         found = _stat(path)
         if found is None:
             return
         forever = name in self._hashed or _HASHED.search(name) is not None
-        others = [(ending, _stat(path + ending)) for ending in ENCODINGS]
+        others = [(ending, _stat(path + ending)) for ending in endings]
         used = [
             (ending, other) for ending, other in others if other and other.st_size < found.st_size
         ]
