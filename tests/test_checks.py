@@ -9,7 +9,7 @@ from django.core.checks import run_checks
 from django.http import HttpRequest
 from django.test import override_settings
 
-from tornjango.checks import check_app_order, check_settings
+from tornjango.checks import check_app_order, check_settings, run
 from tornjango.comet import channels
 
 STATIC = "django.contrib.staticfiles"
@@ -120,3 +120,10 @@ def test_several_workers_in_development_are_a_warning() -> None:
     with override_settings(DEBUG=True):
         assert _ids(WORKERS=1) == ["tornjango.W003"]
         assert _ids(WORKERS=0) == []
+
+
+def test_what_the_project_has_silenced_is_not_said() -> None:
+    with override_settings(TORNJANGO={"STATIC": True}):
+        assert "tornjango.E003" in [message.id for message in run()]
+        with override_settings(SILENCED_SYSTEM_CHECKS=["tornjango.E003"]):
+            assert "tornjango.E003" not in [message.id for message in run()]

@@ -35,8 +35,9 @@ WRONG_SETTINGS = "tornjango.E001"
 
 
 def run() -> list[CheckMessage]:
-    """All of them, whether the app is installed or not; they connect to nothing."""
-    return [*check_settings(), *check_app_order()]
+    """All that SILENCED_SYSTEM_CHECKS leaves, whether the app is installed or not; they connect to nothing."""
+    found = [*check_settings(), *check_app_order()]
+    return [message for message in found if not message.is_silenced()]
 
 
 @register
