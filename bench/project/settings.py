@@ -83,9 +83,9 @@ LOGGING = {
     "root": {"handlers": ["console"], "level": "ERROR"},
 }
 
-# Parked polls stay parked until the benchmark publishes, however many there are to connect first.
 # The soak test runs several workers, and the channel, which one worker has for itself, is not for it.
 SILENCED_SYSTEM_CHECKS = ["tornjango.E002"]
+# Parked polls stay parked until the benchmark publishes, however many there are to connect first.
 TORNJANGO = {
     "ENGINES": {"default": os.environ.get("BENCH_ENGINE", "momoko")},
     "POOL_SIZE": CONNECTIONS,
