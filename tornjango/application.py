@@ -38,7 +38,7 @@ from tornjango.requests import ServerRequest, path_info, script_name
 from tornjango.routing import Route, Routes, is_handler
 from tornjango.sending import refuse_on
 from tornjango.staticfiles import Media, StaticFiles, StaticRoot
-from tornjango.views import view_name
+from tornjango.views import is_cancelled_on_disconnect, view_name
 from tornjango.workers import Workers
 
 logger = logging.getLogger("tornjango.application")
@@ -167,6 +167,7 @@ class HandlerClasses(dict[Any, type[DjangoHandler]]):
         name = view_name(view)
         attributes = {
             "view_name": name,
+            "cancels": is_cancelled_on_disconnect(view),
             "__doc__": f"Answers {self._patterns[view]} with {name}.",
         }
         made = type(f"{name.rpartition('.')[2]}_handler", (DjangoHandler,), attributes)

@@ -2,7 +2,7 @@
 
 asyncio would let go of the thread, which goes on all the same: with a request that is closed by then, to a response that
 nobody closes. So the thread gets to its end, or to where it waits for async code, and the request is cancelled there. What
-waits in the queue for a thread has not begun, and is not begun any more.
+waits in the queue for a thread has not begun, and is not begun any more. And what has answered is not cancelled either.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine
 from functools import wraps
 from typing import Any, TypeVar
 
+from asgiref.sync import sync_to_async
+
 T = TypeVar("T")
+
+AsyncFunction = Callable[..., Coroutine[Any, Any, Any]]
 
 
 class Cancellation:
-    """Calls ``cancel`` on the loop, at most once; ``drop`` lets go of it."""
+    """Calls ``cancel`` on the loop, at most once; nothing after ``settle``."""
 
     __slots__ = ("_busy", "_cancel", "_lock", "_loop", "_requested")
 
@@ -39,22 +42,28 @@ class Cancellation:
             # Not before its first step: a task that is cancelled then does not run at all.
             self._loop.call_soon(self._now)
 
-    def drop(self) -> None:
+    def settle(self) -> None:
+        """There is a response, and somebody who is going to close it."""
         self._cancel = None
 
-    def begin(self, again: bool = False) -> None:
-        """A thread begins, or goes on ``again``; raises ``CancelledError`` if it need not begin."""
+    def begin(self) -> None:
+        """For a thread; raises ``CancelledError`` if it need not begin."""
         with self._lock:
-            if self._requested and not again:
+            if self._requested:
                 raise asyncio.CancelledError
             self._busy += 1
 
+    def go_on(self) -> None:
+        with self._lock:
+            self._busy += 1
+
     def end(self) -> None:
+        """On the loop: what the thread did is known there."""
         with self._lock:
             self._busy -= 1
             now = self._requested and not self._busy
         if now:
-            self._loop.call_soon_threadsafe(self._now)
+            self._loop.call_soon(self._now)
 
     def _now(self) -> None:
         if self._cancel is not None:
@@ -67,32 +76,62 @@ current: contextvars.ContextVar[Cancellation | None] = contextvars.ContextVar(
 )
 
 
-def uncut(fn: Callable[..., T]) -> Callable[..., T]:
-    """Sync code for a worker thread, whose request is not cancelled while it runs."""
+def settle() -> None:
+    cancellation = current.get()
+    if cancellation is not None:
+        cancellation.settle()
+
+
+class _Errand:
+    """One call in a worker thread."""
+
+    def __init__(self, fn: Callable[..., Any], cancellation: Cancellation) -> None:
+        self.fn = fn
+        self.cancellation = cancellation
+        self.begun = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.cancellation.begin()
+        self.begun = True
+        return self.fn(*args, **kwargs)
+
+    def end(self) -> None:
+        if self.begun:
+            self.cancellation.end()
+
+
+def in_thread(fn: Callable[..., Any]) -> AsyncFunction:
+    """``fn`` as ``sync_to_async`` makes it, but its request is not cancelled while it runs."""
+    plain = sync_to_async(fn)
 
     @wraps(fn, updated=())
-    def run(*args: Any, **kwargs: Any) -> T:
+    async def call(*args: Any, **kwargs: Any) -> Any:
         cancellation = current.get()
         if cancellation is None:
-            return fn(*args, **kwargs)
-        cancellation.begin()
+            return await plain(*args, **kwargs)
+        errand = _Errand(fn, cancellation)
         try:
-            return fn(*args, **kwargs)
+            return await sync_to_async(errand)(*args, **kwargs)
         finally:
-            cancellation.end()
+            errand.end()
 
-    return run
+    if hasattr(fn, "__self__"):
+        call.__self__ = fn.__self__  # type: ignore[attr-defined]
+    return call
 
 
-@contextmanager
-def waiting() -> Iterator[None]:
-    """Inside, a thread that `uncut` keeps busy waits for async code, which may be cancelled."""
-    cancellation = current.get()
-    if cancellation is None:
-        yield
-        return
-    cancellation.end()
-    try:
-        yield
-    finally:
-        cancellation.begin(again=True)
+def from_thread(fn: AsyncFunction) -> AsyncFunction:
+    """Async code for which a thread of `in_thread` waits: it may be cancelled."""
+
+    @wraps(fn)
+    async def call(*args: Any, **kwargs: Any) -> Any:
+        cancellation = current.get()
+        if cancellation is None:
+            return await fn(*args, **kwargs)
+        cancellation.end()
+        try:
+            return await fn(*args, **kwargs)
+        finally:
+            cancellation.go_on()
+
+    return call

@@ -10,6 +10,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from django.core import signals
+from django.core.exceptions import BadRequest
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 from django.urls import ResolverMatch, set_script_prefix
@@ -78,19 +79,21 @@ class DjangoHandler(RequestHandler):
 
     def on_connection_close(self) -> None:
         """The client has left: what is done for it on the loop is cancelled, unless the project wants it done."""
-        self._cut_short(Cut.LEFT)
         cancels = self.cancels if self.cancels is not None else get_config().CANCEL_ON_DISCONNECT
-        if cancels or self._sending.begun:
-            self._cancellation.request()
+        self._cut_short(Cut.LEFT, cancels)
 
     def stop(self) -> None:
         """The server does not wait for this request any longer: it is answered 503."""
-        self._cut_short(Cut.STOPPED)
-        self._cancellation.request()
+        self._cut_short(Cut.STOPPED, cancels=True)
 
-    def _cut_short(self, why: Cut) -> None:
-        if not self._cut.done():
+    def _cut_short(self, why: Cut, cancels: bool) -> None:
+        first = not self._cut.done()
+        if first:
             self._cut.set_result(why)
+        if first and self._sending.begun:
+            self._cancel()
+        elif cancels:
+            self._cancellation.request()
 
     def _cancel(self) -> None:
         """What remains when everything is being closed is short, and has to be done."""
@@ -110,12 +113,17 @@ class DjangoHandler(RequestHandler):
         except Overloaded as exc:
             logger.warning("%s is answered 503: %s", self._line(), exc)
             self._answer_plainly(503, "The server is busy. Please try again in a moment.")
+        except (
+            BadRequest
+        ) as exc:  # of a request that could not be made; a view's is Django's to answer
+            logger.warning("%s is answered 400: %s", self._line(), exc)
+            self._answer_plainly(400, f"Bad request: {exc}")
         except (StreamClosedError, asyncio.CancelledError) as exc:
             self._end_early(exc)
         except Exception:  # noqa: BLE001  not the view's, which Django has answered: the server's last stand
             self._fail()
         finally:
-            self._cancellation.drop()
+            self._cancellation.settle()
             self.application.in_flight.discard(self)
             self._body.close()
             if self.application.observers:

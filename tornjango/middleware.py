@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from asgiref.sync import async_to_sync, iscoroutinefunction, sync_to_async
+from asgiref.sync import async_to_sync, iscoroutinefunction
 from django.conf import settings
 from django.core.handlers import base
 from django.core.handlers.base import BaseHandler
@@ -25,7 +25,7 @@ from django.http.response import HttpResponseBase
 from django.urls import ResolverMatch
 from django.utils.deprecation import MiddlewareMixin
 
-from tornjango import green, routing, stretches
+from tornjango import cancellation, green, routing, stretches
 from tornjango.conf import get_config
 from tornjango.exceptions import ConfigurationError
 from tornjango.views import AsyncView, View, adapt
@@ -114,7 +114,7 @@ def on_loop(hook: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
     """``hook`` as a coroutine function: green when it would wait; in a worker thread where nothing is known of it."""
     waits = waits_of(hook)
     if waits is None:
-        return sync_to_async(hook)
+        return cancellation.in_thread(hook)
 
     async def call(*args: Any) -> Any:
         return await green.run(hook, *args) if waits(*args) else hook(*args)
@@ -294,7 +294,9 @@ class Chain(BaseHandler):
         if is_async and method_is_async is None and not iscoroutinefunction(method):
             return on_loop(method)
         if is_async and method_is_async is False:
-            method = stretches.stretch(method)
+            return cancellation.in_thread(stretches.stretch(method))
+        if not is_async and method_is_async:
+            method = cancellation.from_thread(method)
         return super().adapt_method_mode(is_async, method, method_is_async, debug, name)
 
     def resolve_request(self, request: HttpRequest) -> ResolverMatch:

@@ -30,8 +30,6 @@ from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from greenlet import getcurrent, greenlet
 
-from tornjango import cancellation
-
 T = TypeVar("T")
 
 
@@ -103,8 +101,6 @@ class Runner(greenlet):
 def stretch(fn: Callable[..., T]) -> Callable[..., T]:
     """Sync code whose thread may be given away while it waits for async code that it has called."""
 
-    fn = cancellation.uncut(fn)
-
     @wraps(fn)
     def run(*args: Any) -> T:
         runner = getcurrent()
@@ -141,10 +137,9 @@ class WaitingThread(CurrentThreadExecutor):
         if threading.current_thread() is not self._thread:
             raise RuntimeError("Only the thread that made it can run what is submitted here.")
         future.add_done_callback(self._end)
-        with cancellation.waiting():
-            while (call := self._next()) is not None:
-                self._run(call)
-                del call
+        while (call := self._next()) is not None:
+            self._run(call)
+            del call
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         if threading.current_thread() is self._thread:

@@ -21,7 +21,7 @@ from django.template.response import SimpleTemplateResponse
 from django.utils.log import log_response
 
 from tornjango import responses, templates
-from tornjango.cancellation import uncut
+from tornjango.cancellation import in_thread, settle
 from tornjango.conf import get_config
 from tornjango.db.atomic import shared_atomic
 from tornjango.exceptions import Overloaded
@@ -185,7 +185,7 @@ def _sync(view: View, aliases: Collection[str], render: bool) -> AsyncView:
     for alias in aliases:
         whole = transaction.atomic(using=alias)(whole)
     if not runs_green(view):
-        return sync_to_async(uncut(_rendering(whole) if render else whole))
+        return in_thread(_rendering(whole) if render else whole)
     return _rendering_green(functools.partial(run_green, whole))
 
 
@@ -267,7 +267,9 @@ def _guarded(call: AsyncView, view: View) -> AsyncView:
     @functools.wraps(view, updated=())
     async def guarded(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
         try:
-            return await call(request, *args, **kwargs)
+            response = await call(request, *args, **kwargs)
+            settle()
+            return response
         except Overloaded as exc:
             return await run_green(busy, exc, view_name(view), request)
 
