@@ -87,8 +87,10 @@ class EchoRequest(HTTPMessageDelegate):
 
 
 class EchoSite:
-    def __init__(self, server: HTTP1Server, echo: Echo, port: int) -> None:
+    def __init__(self, server: HTTP1Server, echo: Any, port: int, refused: list[int]) -> None:
         self.server, self.echo, self.port = server, echo, port
+        #: The statuses of what was answered without the delegate.
+        self.refused = refused
 
     async def connect(self) -> RawClient:
         return await RawClient.connect(self.port)
@@ -106,13 +108,16 @@ class EchoSite:
 async def echoing(delegate: Any = None, tls: Any = None, **config: Any) -> AsyncIterator[EchoSite]:
     """Serves ``delegate``, or else an `Echo`, with these keys of ``TORNJANGO``."""
     echo = Echo()
-    server = HTTP1Server(delegate or echo, Config.from_dict(config))
+    refused: list[int] = []
+    server = HTTP1Server(
+        delegate or echo, Config.from_dict(config), lambda *told: refused.append(told[2])
+    )
     sockets = bind_sockets(0, "127.0.0.1")
     port = sockets[0].getsockname()[1]
     await server.start(sockets, tls)
     try:
-        yield EchoSite(server, echo, port)
+        yield EchoSite(server, delegate or echo, port, refused)
     finally:
-        server.stop()
+        await server.stop()
         await server.close_all_connections()
         assert server.connections == 0

@@ -51,6 +51,9 @@ TURNED_AWAY = 1000
 #: Rounds of the loop between accepting a connection and knowing of it.
 ACCEPTING_ROUNDS = 4
 
+#: After how long the system asks whether a client is still there that sends nothing, in seconds.
+_QUIET_SECONDS = 60
+
 #: Told by poll() behind whatever is unread; elsewhere than on Linux POLLHUP says it.
 _HUNG_UP = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 
@@ -639,6 +642,7 @@ class HTTP1Server:
     async def start(self, sockets: list[socket.socket], ssl: ssl.SSLContext | None = None) -> None:
         """Accepts on these sockets, which are closed by `stop`; over TLS if there is a context for it."""
         for listening in sockets:
+            _keep_alive(listening)
             server = await self.loop.create_server(
                 lambda: Connection(self),
                 sock=listening,
@@ -696,6 +700,14 @@ class HTTP1Server:
         self.wheel.drop(connection)
         if not self._open and self._emptied is not None and not self._emptied.done():
             self._emptied.set_result(None)
+
+
+def _keep_alive(listening: socket.socket) -> None:
+    """A client that has lost its network sends nothing; its connections inherit that the system asks for it."""
+    if listening.family != socket.AF_UNIX:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _QUIET_SECONDS)
 
 
 def _tick(config: Config) -> float:
