@@ -918,6 +918,18 @@ async def test_media_are_not_served_otherwise(media: Root, settings: dict[str, A
 
 
 @pytest.mark.gen_test
+async def test_media_and_files_of_apps_are_below_the_script_name(media: Root) -> None:
+    script = {"FORCE_SCRIPT_NAME": "/app", "STATIC_URL": "/app/static/"}
+    try:
+        async with serving_media(media, MEDIA_URL="/app/media/", **script) as site:
+            assert (await site.request("/app/media/pictures/a.txt")).body == b"0123456789"
+        async with serving_static(**script) as site:
+            assert (await site.request(f"/app{SCRIPT}")).status == 200
+    finally:
+        set_script_prefix("/")
+
+
+@pytest.mark.gen_test
 async def test_parts_of_files_are_sent_in_development_too(media: Root) -> None:
     headers = [("Range", "bytes=2-4")]
     async with serving_media(media) as site:
