@@ -17,7 +17,7 @@ from tests.load import Load
 from tests.projects import Process, Project
 from tornjango.supervisor import FIRST_DELAY, LONGEST_DELAY, Supervisor
 
-SERVE = ("-m", "tornjango", "serve", "127.0.0.1:0", "--workers", "2")
+SERVE = ("-m", "tornjango", "serve", "127.0.0.1:0")
 URLS = """
 import asyncio, os, time
 from django.http import HttpResponse, StreamingHttpResponse
@@ -67,7 +67,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 @contextmanager
 def serving(project: Project, *options: str, workers: int = 2) -> Iterator[Process]:
-    with project.running(*SERVE, *options) as server:
+    with project.running(*SERVE, "--workers", str(workers), *options) as server:
         server.wait_until_it_serves()
         for _ in range(workers):
             server.wait_for(" serves")
@@ -175,7 +175,7 @@ def test_a_worker_is_replaced_after_its_share_of_requests_and_none_is_lost(
     project: Project,
 ) -> None:
     with (
-        serving(project, "--max-requests", "40", workers=2) as server,
+        serving(project, "--max-requests", "40", workers=1) as server,
         Load(port_of(server)) as load,
     ):
         for _ in range(3):
@@ -215,17 +215,16 @@ def refused(server: Process) -> None:
 def test_a_second_sigint_or_a_sigquit_stops_at_once(
     signals: list[signal.Signals], project: Project, pool: ThreadPoolExecutor
 ) -> None:
-    with serving(project) as server:
-        parked = parked_in_each(server, 60)
+    with serving(project, workers=1) as server:
+        parked = Parked(server, 60)
         blocked = pool.submit(server.get, "/blocks/?seconds=60")
         server.wait_for("blocked")
         for number in signals:
             os.kill(server.process.pid, number)
             server.wait_for("Stopping")
         assert server.wait() == 0
-        for request in parked:
-            with pytest.raises((http.client.IncompleteRead, OSError)):
-                request.rest()
+        with pytest.raises((http.client.IncompleteRead, OSError)):
+            parked.rest()
         with pytest.raises((HTTPError, ConnectionError, http.client.HTTPException)) as ended:
             blocked.result()
         if isinstance(ended.value, HTTPError):
@@ -235,7 +234,7 @@ def test_a_second_sigint_or_a_sigquit_stops_at_once(
 def test_requests_that_do_not_finish_in_time_are_ended(
     project: Project, pool: ThreadPoolExecutor
 ) -> None:
-    with serving(project, "--graceful-timeout", "0.2") as server:
+    with serving(project, "--graceful-timeout", "0.2", workers=1) as server:
         request = Parked(server, 60)
         server.signal(signal.SIGTERM)
         with pytest.raises((http.client.IncompleteRead, OSError)):
@@ -245,7 +244,7 @@ def test_requests_that_do_not_finish_in_time_are_ended(
 
 
 def test_workers_end_when_their_master_is_gone(project: Project) -> None:
-    with serving(project) as server:
+    with serving(project, workers=1) as server:
         request = Parked(server, 1)
         os.kill(server.process.pid, signal.SIGKILL)
         assert request.rest() == b"went"
@@ -255,7 +254,7 @@ def test_workers_end_when_their_master_is_gone(project: Project) -> None:
 
 def test_broken_settings_are_shown_once_and_nothing_is_started(project: Project) -> None:
     project.write("settings.py", "import nothing_of_this_name")
-    done = project.run(*SERVE)
+    done = project.run(*SERVE, "--workers", "2")
     assert done.returncode == 1
     assert done.stderr.count("Traceback") == 1
     assert "No module named 'nothing_of_this_name'" in done.stderr
@@ -264,7 +263,7 @@ def test_broken_settings_are_shown_once_and_nothing_is_started(project: Project)
 def test_workers_that_cannot_start_at_all_end_the_master(project: Project) -> None:
     broken = "import pathlib\nif pathlib.Path('seen').exists(): raise ZeroDivisionError\npathlib.Path('seen').touch()\n"
     project.write("urls.py", broken + URLS)  # whole when the master looks, broken for the workers
-    done = project.run(*SERVE)
+    done = project.run(*SERVE, "--workers", "2")
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
     assert "ended with exit code 1 before it served: giving up" in done.stderr
@@ -272,7 +271,7 @@ def test_workers_that_cannot_start_at_all_end_the_master(project: Project) -> No
 
 def test_a_stop_while_workers_start_is_heard(project: Project) -> None:
     project.write("urls.py", "import time\ntime.sleep(1)\n" + URLS)
-    with project.running(*SERVE) as server:
+    with project.running(*SERVE, "--workers", "2") as server:
         server.wait_for("Starting 2 workers")
         server.signal(signal.SIGTERM)
         assert server.wait() == 0

@@ -1,19 +1,24 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.error import HTTPError
 
 import pytest
+from django.urls import path
+from tornado.web import RequestHandler
+from tornado.websocket import WebSocketHandler, websocket_connect
 
 from tests import views
 from tests.projects import Process, Project
-from tests.serving import serving, until
+from tests.serving import Site, serving, until
 from tornjango import comet
 
 SERVE = ("-m", "tornjango", "serve", "127.0.0.1:0", "--noreload")
@@ -92,7 +97,178 @@ def test_a_port_in_use_is_said(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+STREAMS = """
+import asyncio
+from django.http import HttpResponse, StreamingHttpResponse
+from django.urls import path
+
+async def home(request):
+    return HttpResponse("before")
+
+async def stream(request):
+    async def parts():
+        while True:
+            yield "part"
+            await asyncio.sleep(60)
+    return StreamingHttpResponse(parts())
+
+urlpatterns = [path("", home), path("stream/", stream)]
+"""
+
+
+@pytest.mark.slow
+def test_a_reload_does_not_wait_for_a_thousand_streams(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    project.write("urls.py", STREAMS)
+    with project.running("manage.py", "runserver", "127.0.0.1:0") as server:
+        server.wait_until_it_serves()
+        streams = [_open_stream(server) for _ in range(1000)]
+        for stream in streams:
+            while b"part" not in stream.recv(65536):
+                pass
+        server.change(tmp_path / "urls.py", STREAMS.replace("before", "after"))
+        took = _time_until_it_serves(server)
+        assert server.get("/") == "after"
+        for stream in streams:
+            assert (
+                stream.recv(65536) == b""
+            )  # broken off, and not ended: the last chunk did not come
+            stream.close()
+        server.change(tmp_path / "urls.py", STREAMS)
+        alone = _time_until_it_serves(server)
+    assert took - alone < 1  # what others do on this machine takes from both
+    assert "Traceback" not in "".join(server.lines)
+
+
+def _time_until_it_serves(server: Process) -> float:
+    began = time.monotonic()
+    server.wait_until_it_serves()
+    return time.monotonic() - began
+
+
+def _open_stream(server: Process) -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=20)
+    client.sendall(b"GET /stream/" + GET)
+    return client
+
+
+@pytest.mark.slow
+def test_a_sync_view_that_does_not_return_does_not_hold_up_the_end(
+    tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    with Project(tmp_path, options='{"GRACEFUL_TIMEOUT": 0.1}').running(*SERVE) as server:
+        server.wait_until_it_serves()
+        answer = pool.submit(server.get, "/parks-sync/?seconds=60")
+        server.wait_for("parked")
+        server.signal(signal.SIGTERM)
+        assert isinstance(answer.exception(), (HTTPError, OSError))
+        assert server.wait() == 0
+        assert "1 calls in worker threads did not return" in "".join(server.lines)
+    if isinstance(error := answer.exception(), HTTPError):
+        error.close()
+
+
 # On the loop of the test
+
+
+class Slow(RequestHandler):
+    async def get(self) -> None:
+        views.gates["parked"].set()
+        await views.gates["go"].wait()
+        self.write("went")
+
+
+class Talks(WebSocketHandler):
+    def on_message(self, message: str | bytes) -> None:
+        self.write_message(message)
+
+
+urlpatterns = [path("slow/", Slow), path("talks/", Talks)]
+
+
+@pytest.mark.gen_test
+async def test_a_tornado_handler_under_way_is_waited_for() -> None:
+    async with serving(ROOT_URLCONF=__name__) as site, await site.connect() as client:
+        await client.send(b"GET /slow/" + GET)
+        await views.gates["parked"].wait()
+        site.server.stop()
+        await until(lambda: site.application.draining)
+        views.gates["go"].set()
+        assert (await client.response()).body == b"went"
+    assert not site.application.native
+
+
+@pytest.mark.gen_test
+async def test_a_tornado_handler_that_takes_too_long_is_answered_503() -> None:
+    async with serving(ROOT_URLCONF=__name__) as site, await site.connect() as client:
+        await client.send(b"GET /slow/" + GET)
+        await views.gates["parked"].wait()
+        site.server.stop(0.01)
+        answer = await client.response()
+        assert (answer.status, answer.header("Retry-After")) == (503, "1")
+    assert not site.application.native
+
+
+@pytest.mark.gen_test
+async def test_a_websocket_hears_that_the_server_goes_away() -> None:
+    async with serving(ROOT_URLCONF=__name__) as site:
+        page = await websocket_connect(f"ws://127.0.0.1:{site.port}/talks/")
+        await page.write_message("hello")
+        assert await page.read_message() == "hello"
+        site.server.stop()
+        assert await page.read_message() is None
+        assert page.close_code == 1001
+        page.close()
+        await site._task
+    assert not site.application.native
+
+
+@pytest.mark.gen_test
+async def test_a_websocket_whose_page_does_not_answer_is_not_waited_for_longer_than_others() -> (
+    None
+):
+    async with serving(ROOT_URLCONF=__name__) as site, await site.connect() as client:
+        await client.send(
+            b"GET /talks/ HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        )
+        assert (await client.head()).status == 101
+        site.server.stop(0.05)
+        await site._task
+        assert await client.rest() == b"\x88\x19\x03\xe9The server is stopping."
+    assert not site.application.native
+
+
+@pytest.mark.gen_test
+async def test_a_server_that_is_relieved_answers_one_more_on_each_connection() -> None:
+    async with serving() as site, await site.connect() as client, await site.connect() as other:
+        assert (await client.request("/status/200/")).header("Connection") != "close"
+        site.server.leave()
+        await until(lambda: site.application.draining)
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.wait_for(_connect_until_refused(site), 5)
+        for connection in (client, other):
+            answer = await connection.request("/status/200/")
+            assert (answer.status, answer.header("Connection")) == (200, "close")
+            assert await connection.rest() == b""
+            connection.abort()
+        await site._task
+
+
+async def _connect_until_refused(site: Site) -> None:
+    while True:
+        (await site.connect()).abort()
+
+
+@pytest.mark.gen_test
+async def test_a_stop_ends_the_patience_of_a_server_that_is_relieved() -> None:
+    async with serving() as site, await site.connect() as client:
+        await client.request("/status/200/")
+        site.server.leave()
+        await until(lambda: site.application.draining)
+        site.server.stop()
+        assert await client.rest() == b""
+        await site._task
 
 
 @pytest.mark.gen_test

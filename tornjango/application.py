@@ -43,6 +43,9 @@ from tornjango.workers import Workers
 
 logger = logging.getLogger("tornjango.application")
 
+#: How long requests may take to notice that they are ended, in seconds.
+END_TIMEOUT = 1.0
+
 
 class Application(TornadoApplication):
     """A Django project as a Tornado application: handlers are built from its URL patterns.
@@ -137,12 +140,15 @@ class Application(TornadoApplication):
                 raise KeyError(str(exc)) from exc
 
     async def close(self) -> None:
-        """Ends requests still in flight with 503, closes the pools, gives back the threads; harmless a second time."""
+        """Ends requests still in flight with 503, closes the pools, gives back the threads; harmless a second time.
+
+        A request whose view is in a worker thread cannot be ended: it is not waited for longer than ``END_TIMEOUT``.
+        """
         if self.in_flight:
             tasks = [handler.task for handler in self.in_flight]
             for handler in list(self.in_flight):
                 handler.stop()
-            await asyncio.wait(tasks)
+            await asyncio.wait(tasks, timeout=END_TIMEOUT)
         await pools.close()
         self.workers.close()
 

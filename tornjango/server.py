@@ -21,7 +21,7 @@ from tornado.web import RequestHandler
 from tornado.websocket import WebSocketHandler
 
 from tornjango import comet, green
-from tornjango.application import Application
+from tornjango.application import END_TIMEOUT, Application
 from tornjango.conf import get_config
 from tornjango.http1 import HTTP1Server
 from tornjango.watchdog import watching
@@ -30,8 +30,6 @@ logger = logging.getLogger("tornjango.server")
 
 #: How long requests may take to finish when the code is reloaded in development, in seconds.
 RELOAD_TIMEOUT = 0.5
-#: How long requests may take to notice that they are ended, in seconds.
-END_TIMEOUT = 1.0
 #: How long a connection that was accepted at the last moment may take to be encrypted, in seconds.
 HANDSHAKE = 1.0
 #: How often it is looked whether the last connections have closed, in seconds.
@@ -128,8 +126,8 @@ class Server:
 
     async def _drain(self, http: HTTP1Server) -> None:
         """No new connections; parked readers are answered; requests in flight finish, or are told to come back."""
-        self.application.draining = True
         await http.stop(keep_idle=self._lingers)
+        self.application.draining = True
         comet.drain()
         self._close_sockets_of_pages()
         if self._streams_end:
@@ -198,8 +196,10 @@ def _end_native(task: asyncio.Future[None], handler: RequestHandler) -> None:
     if isinstance(handler, WebSocketHandler) and handler.ws_connection is not None:
         handler.ws_connection._abort()  # it was told, and has not answered
     elif not handler._headers_written:
+        handler.clear()
+        handler.set_status(503)
         handler.set_header("Retry-After", "1")
-        handler.send_error(503)
+        handler.finish("The server is stopping. Please try again in a moment.\n")
     task.cancel()
 
 
