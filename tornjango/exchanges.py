@@ -46,7 +46,6 @@ class Exchange:
         "delegate",
         "expects",
         "finished",
-        "keep_alive",
         "last",
         "max_body_size",
         "received",
@@ -66,8 +65,6 @@ class Exchange:
         self.received = 0
         #: Whether the client waits for a word before it sends the body.
         self.expects = head.expects
-        #: Whether the client may send another request.
-        self.keep_alive = head.keep_alive
         #: Whether the connection is closed behind the answer.
         self.last = not head.keep_alive
         self.begun = False

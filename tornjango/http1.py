@@ -307,7 +307,7 @@ class Connection(asyncio.Protocol):
         elif len(part) > limit + 3:  # its end may not come within the limit any more
             reason = f"The request line and headers are longer than {limit} bytes."
             self._refuse(Refusal(431, reason))
-        elif part and not self._head_begun:
+        elif part.strip(b"\r") and not self._head_begun:
             self._head_begun = True
             self._within(self.server.config.HEADER_TIMEOUT)
 
@@ -341,8 +341,9 @@ class Connection(asyncio.Protocol):
         exchange, body = self.exchange, self._body
         assert exchange is not None
         assert body is not None
+        before = self._at
         try:
-            content, self._at = body.decode(self._unread, self._at)
+            content, self._at = body.decode(self._unread, before)
         except Refusal as refusal:
             self._refuse(refusal)
             return False
@@ -352,7 +353,7 @@ class Connection(asyncio.Protocol):
             return False
         if body.done:
             self._end_request(exchange)
-        elif content and self._at < len(self._unread):  # the others' turn
+        elif before < self._at < len(self._unread):  # the others' turn
             self.server.loop.call_soon(self.advance)
         return False
 
@@ -429,9 +430,7 @@ class Connection(asyncio.Protocol):
         if delegate is not None:
             self.server.loop.call_soon(delegate.on_connection_close)
         if exchange.last or not whole:
-            # A client that asked for the end sends nothing more.
-            expected = whole and not exchange.keep_alive and self._at == len(self._unread)
-            self._end(linger=not expected)
+            self._end()
             return
         self.state = State.WAITING
         self._within(self.server.config.IDLE_TIMEOUT)
@@ -501,13 +500,13 @@ class Connection(asyncio.Protocol):
             self.server.refused(self.context, line, refusal.status, len(content))
         if exchange is not None:
             exchange.leave()
-        self._end(linger=True)
+        self._end()
 
-    def _end(self, *, linger: bool) -> None:
-        """Closes it when the client has all, and (with ``linger``) has closed its side."""
+    def _end(self) -> None:
+        """Closes it when the client has the last answer, and has closed its side."""
         self._unread, self._at = b"", 0
         self._body = None
-        if not linger or not self.transport.can_write_eof():  # TLS lingers by itself
+        if not self.transport.can_write_eof():  # TLS lingers by itself
             self._shut()
             return
         self.state = State.LINGERING
