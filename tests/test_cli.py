@@ -171,7 +171,7 @@ def test_a_startproject_is_served_with_its_admin(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (("--workers", "-1"), "argument --workers: it must be a whole number, or 0, not '-1'"),
+        (("--workers=-1",), "serve: error: argument --workers: it must be a whole number, or 0"),
         (("--graceful-timeout", "soon"), "it must be a positive number of seconds, not 'soon'"),
         (("--access-log", "loud"), "it must be one of auto, runserver, common, json, off"),
         (("--health", "well"), "it must be a path that begins with a slash"),
@@ -193,16 +193,25 @@ def test_options_go_before_settings(tmp_path: Path) -> None:
         "urls.py",
         "from django.http import HttpResponse\nfrom django.urls import path\nfrom tornjango.conf import get_config\n"
         "def shown(request):\n    c = get_config()\n"
-        "    return HttpResponse(repr((c.GRACEFUL_TIMEOUT, c.THREADS, c.TRUSTED_PROXIES, c.STATIC)))\n"
+        "    return HttpResponse(repr((c.GRACEFUL_TIMEOUT, c.THREADS, c.TRUSTED_PROXIES, c.WATCHDOG)))\n"
         "urlpatterns = [path('', shown)]\n",
     )
-    options = ("--graceful-timeout", "0.5", "--proxy", "unix", "--proxy", "10.0.0.0/8", "--static")
+    options = (
+        "--graceful-timeout",
+        "0.5",
+        "--proxy",
+        "unix",
+        "--proxy",
+        "10.0.0.0/8",
+        "--watchdog",
+        "0",
+    )
     with project.running(*PYTHON_M, "serve", "0", "--noreload", *options) as server:
         server.wait_until_it_serves()
-        assert server.get("/") == "(0.5, 3, ['unix', '10.0.0.0/8'], True)"
+        assert server.get("/") == "(0.5, 3, ['unix', '10.0.0.0/8'], 0.0)"
     with project.running("manage.py", "runserver", "0", "--noreload", "--nothreading") as server:
         server.wait_until_it_serves()
-        assert server.get("/") == "(7, 1, ['10.0.0.1'], False)"
+        assert server.get("/") == "(7, 1, ['10.0.0.1'], None)"
 
 
 OTHERS_RUNSERVER = """

@@ -51,7 +51,8 @@ class Command(RunserverCommand):
 
     def run_from_argv(self, argv: list[str]) -> None:
         self._typed = argv[2:] == sys.argv[2:]
-        super().run_from_argv(argv)
+        # Its name in messages, whatever `tornjango.cli` calls it before Django.
+        super().run_from_argv([argv[0], "serve", *argv[2:]])
 
     def run(self, **options: Any) -> None:
         if threading.current_thread() is threading.main_thread():
