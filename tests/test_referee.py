@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+from django.http import HttpResponse
 
 from tests.postgres import Postgres
-from tests.referee import outcomes
-from tests.referee.__main__ import EXPECTED, MODULES, QUICK, Referee, report
+from tests.referee import bridge, outcomes
+from tests.referee.__main__ import BRIDGE, DATABASE, Referee, Subject, report
 from tests.referee.outcomes import Expected, Outcome, Run
+from tornjango.testing import Response
 
 
 def line(step: str, test: str, error: str = "") -> str:
@@ -98,19 +102,22 @@ def test_a_line_without_a_reason_is_refused(tmp_path: Path) -> None:
         outcomes.load(path)
 
 
-def test_the_list_is_of_modules_that_are_run() -> None:
-    assert {entry.test.partition(".")[0] for entry in outcomes.load(EXPECTED)} <= set(MODULES)
-    assert set(QUICK) <= set(MODULES)
+@pytest.mark.parametrize("subject", [DATABASE, BRIDGE])
+def test_the_list_is_of_modules_that_are_run(subject: Subject) -> None:
+    listed = {entry.test.partition(".")[0] for entry in outcomes.load(subject.expected)}
+    assert listed <= set(subject.modules)
+    assert set(subject.quick) <= set(subject.modules)
 
 
-def test_a_run_whose_statements_went_elsewhere_is_a_problem(
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("counted", ["statements", "requests"])
+def test_a_run_of_which_nothing_went_through_tornjango_is_a_problem(
+    counted: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Run("momoko", "basic", tests=PASSED.tests)
-    assert report("momoko", iter([run]), [], {"basic"}) == 1
-    assert "no statement went through the engine" in capsys.readouterr().out
-    run.statements = Counter(momoko=1)
-    assert report("momoko", iter([run]), [], {"basic"}) == 0
+    assert report("momoko", iter([run]), [], {"basic"}, counted) == 1
+    assert f"no {counted} went through tornjango" in capsys.readouterr().out
+    run.counts = Counter(momoko=1)
+    assert report("momoko", iter([run]), [], {"basic"}, counted) == 0
 
 
 # A suite of our own in the place of Django's
@@ -122,6 +129,14 @@ django.setup()
 from django.conf import settings
 from django.test.utils import get_runner
 sys.exit(bool(get_runner(settings)().run_tests(sys.argv[3:])))
+"""
+
+SETTINGS = """
+INSTALLED_APPS = ["django.contrib.contenttypes", "django.contrib.staticfiles"]
+SECRET_KEY = "x"
+STATIC_URL = "static/"
+STATIC_ROOT = "."
+DATABASES = {a: {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"} for a in ("default", "other")}
 """
 
 SUITE = """
@@ -164,11 +179,15 @@ class Zoned(TransactionTestCase):
 
 @pytest.fixture
 def suite(folder: Path) -> Path:
+    return made(folder, SUITE)
+
+
+def made(folder: Path, suite: str) -> Path:
     for name, text in {
         "runtests.py": RUNTESTS,
-        "test_sqlite.py": 'INSTALLED_APPS = ["django.contrib.contenttypes"]\nSECRET_KEY = "x"\n',
+        "test_sqlite.py": SETTINGS,
         "sample/__init__.py": "",
-        "sample/tests.py": SUITE,
+        "sample/tests.py": suite,
     }.items():
         (folder / "tests" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "tests" / name).write_text(text)
@@ -191,4 +210,132 @@ def test_a_suite_is_run_over_an_engine(
         "test_blocking": "error" if green else "passed",
         "test_zone": "passed",
     }
-    assert (run.statements.total() > 5) is green
+    assert (run.counts.total() > 5) is green
+
+
+# The bridge
+
+REQUESTS = """
+from unittest import mock
+from urllib.request import urlopen
+from django.contrib.contenttypes.models import ContentType
+from django.http import HttpResponse, StreamingHttpResponse
+from django.test import LiveServerTestCase, SimpleTestCase, TestCase, override_settings
+from django.urls import path
+from django.utils import translation
+from tornjango.requests import TornadoRequest
+
+def counts(request):
+    ContentType.objects.create(app_label="a", model="c")
+    return HttpResponse(str(ContentType.objects.filter(app_label="a").count()))
+
+async def counts_async(request):
+    return HttpResponse(str(await ContentType.objects.filter(app_label="a").acount()))
+
+def tells(request):
+    language = translation.get_language()
+    return HttpResponse(f"{type(request).__name__} {language} {request.META.get('REMOTE_USER')} {request.body!r}")
+
+def streams(request):
+    return StreamingHttpResponse(iter([b"a", b"b"]))
+
+def breaks(request):
+    def parts():
+        yield b"a"
+        raise ValueError("midway")
+    return StreamingHttpResponse(parts())
+
+def wrong(request):
+    raise KeyError("wrong")
+
+urlpatterns = [
+    path(f"{view.__name__}/", view) for view in (counts, counts_async, tells, streams, breaks, wrong)
+]
+
+@override_settings(ROOT_URLCONF="sample.tests")
+class Database(TestCase):
+    def test_transaction(self):
+        ContentType.objects.create(app_label="a", model="b")
+        with self.assertNumQueries(2):
+            assert self.client.get("/counts/").content == b"2"
+        assert self.client.get("/counts_async/").content == b"2"
+        assert ContentType.objects.filter(app_label="a").count() == 2
+
+    async def test_async(self):
+        assert (await self.async_client.get("/counts_async/")).content == b"0"
+
+@override_settings(ROOT_URLCONF="sample.tests")
+class Plain(SimpleTestCase):
+    def test_told(self):
+        with translation.override("de"):
+            response = self.client.post("/tells/", b"x", "text/plain", REMOTE_USER="me")
+        assert response.content == b"TornadoRequest de me b'x'", response.content
+        assert isinstance(response.wsgi_request, TornadoRequest)
+
+    def test_streams(self):
+        assert list(self.client.get("/streams/").streaming_content) == [b"a", b"b"]
+
+    def test_broken(self):
+        with self.assertRaisesMessage(ValueError, "midway"):
+            self.client.get("/breaks/")
+
+    def test_raises(self):
+        with self.assertRaisesMessage(KeyError, "wrong"):
+            self.client.get("/wrong/")
+
+    def test_setting(self):
+        with override_settings(ROOT_URLCONF=__name__ + "_other"):
+            with self.assertRaises(ModuleNotFoundError):
+                self.client.get("/tells/")
+
+@override_settings(ROOT_URLCONF="sample.tests")
+class Live(LiveServerTestCase):
+    def test_live(self):
+        with urlopen(self.live_server_url + "/tells/") as answer:
+            assert answer.headers["Server"] == "tornjango"
+            assert answer.read().startswith(b"TornadoRequest en")
+"""
+
+
+@pytest.mark.slow
+def test_requests_are_sent_over_the_bridge(folder: Path) -> None:
+    (run,) = Referee("bridge", made(folder, REQUESTS), folder, None, folder, 1).run(["sample"])
+    assert not run.broken, (folder / run.broken.rpartition(" ")[2]).read_text()
+    assert {
+        test.rpartition(".")[2]: outcome.error for test, outcome in run.tests.items()
+    } == dict.fromkeys(
+        (
+            "test_transaction",
+            "test_async",
+            "test_told",
+            "test_streams",
+            "test_broken",
+            "test_raises",
+            "test_setting",
+            "test_live",
+        ),
+        "",
+    )
+    assert run.counts == Counter(GET=6, POST=1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"status": 201}, "201"),
+        ({"headers": (("Content-Type", "text/plain"), ("X-A", "2"))}, "X-A"),
+        ({"headers": (("Content-Type", "text/plain"),)}, "x-a"),
+        ({"body": b"other"}, "other"),
+    ],
+)
+def test_an_answer_that_is_not_what_django_answered_is_a_failure(
+    changed: dict[str, Any], what: str
+) -> None:
+    message = bridge.Message("GET", "/", [], b"", "http", {})
+    call = bridge.Call(message, enforce_csrf_checks=False)
+    call.response = HttpResponse("a", "text/plain", headers={"X-A": "1"})
+    head = Response("HTTP/1.1", 200, "OK", (("Content-Type", "text/plain"), ("X-A", "1")), b"a")
+    assert bridge._received(call, head, [b"a"]) is call.response
+    came = dataclasses.replace(head, **changed)
+    with pytest.raises(AssertionError, match=what):
+        bridge._received(call, came, [came.body])

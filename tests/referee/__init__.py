@@ -1,4 +1,5 @@
-"""Django's own tests, run with every statement of the main thread going through green code and an engine.
+"""Django's own tests, run through tornjango: over an engine, every statement of the main thread in green code; or over the
+bridge, every request of a test client through the server.
 
-The command is ``bin/django-tests``; ``expected.txt`` lists what fails and why.
+The command is ``bin/django-tests``; ``expected.txt`` and ``expected-bridge.txt`` list what fails and why.
 """

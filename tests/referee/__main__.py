@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import django
 
@@ -27,7 +28,7 @@ from tests.referee.outcomes import Expected, Run, Verdict
 
 ROOT = Path(__file__).absolute().parent.parent.parent
 DATA = ROOT / ".data" / "django-tests"
-EXPECTED = Path(__file__).with_name("expected.txt")
+FOLDER = Path(__file__).parent
 
 #: "django" is Django alone, for comparison; "-sqlite" is the same engine over SQLite.
 ENGINES = ("momoko", "psycopg", "threads", "threads-sqlite", "django", "django-sqlite")
@@ -48,8 +49,35 @@ QUICK = """
     transaction_hooks transactions
 """.split()  # noqa: SIM905 - easier to read, and to add to
 
+#: All that is about requests and responses, for the bridge.
+REQUESTS = """
+    admin_scripts admin_views asgi async auth_tests conditional_processing csrf_tests file_uploads generic_views
+    handlers httpwrappers i18n logging_tests messages_tests middleware middleware_exceptions requests_tests
+    resolve_url responses servers sessions_tests signals sitemaps_tests staticfiles_tests syndication_tests
+    template_backends template_tests test_client test_client_regress urlpatterns urlpatterns_reverse view_tests
+""".split()  # noqa: SIM905 - easier to read, and to add to
+
+QUICK_REQUESTS = """
+    asgi conditional_processing csrf_tests file_uploads handlers messages_tests middleware middleware_exceptions
+    requests_tests servers sessions_tests test_client test_client_regress urlpatterns view_tests
+""".split()  # noqa: SIM905 - easier to read, and to add to
+
 #: For one module, in seconds. The longest takes about a minute on a slow machine.
 MODULE_LIMIT = 900
+
+
+class Subject(NamedTuple):
+    """What is refereed."""
+
+    modules: list[str]
+    quick: list[str]
+    expected: Path
+    #: What of it must not be none.
+    counted: str
+
+
+DATABASE = Subject(MODULES, QUICK, FOLDER / "expected.txt", "statements")
+BRIDGE = Subject(REQUESTS, QUICK_REQUESTS, FOLDER / "expected-bridge.txt", "requests")
 
 
 class RefereeError(Exception):
@@ -80,7 +108,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="module",
         help="module, class or test, such as queries or basic.tests.ModelTest (a quick share of the modules)",
     )
-    parser.add_argument("--all", action="store_true", help=f"all {len(MODULES)} modules")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help=f"all {len(MODULES)} modules that are about the database; with --bridge the {len(REQUESTS)} about requests",
+    )
+    parser.add_argument(
+        "--bridge",
+        action="store_true",
+        help="in the place of an engine: the requests of the tests' clients go through tornjango's server",
+    )
     parser.add_argument(
         "--engine", choices=ENGINES, action="append", help="may be given several times (momoko)"
     )
@@ -91,19 +128,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _main(options: argparse.Namespace) -> int:
-    engines = options.engine or ["momoko"]
-    listed = outcomes.load(EXPECTED)
-    labels = options.labels or (MODULES if options.all else QUICK)
+    subject = BRIDGE if options.bridge else DATABASE
+    listed = outcomes.load(subject.expected)
+    labels = options.labels or (subject.modules if options.all else subject.quick)
     tests = source.tests(DATA.parent)
     DATA.mkdir(exist_ok=True)
     problems = 0
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tornjango-")))
         folder.chmod(0o711)
-        postgres = stack.enter_context(server.find(folder / "postgres"))
+        if options.bridge:
+            postgres, engines = None, ["bridge"]
+        else:
+            postgres = stack.enter_context(server.find(folder / "postgres"))
+            engines = options.engine or ["momoko"]
         for engine in engines:
             referee = Referee(engine, tests, folder, postgres, DATA, options.jobs)
-            problems += report(engine, referee.run(labels), listed, set(labels))
+            problems += report(engine, referee.run(labels), listed, set(labels), subject.counted)
     return 1 if problems else 0
 
 
@@ -119,11 +160,18 @@ def _path(engine: str) -> str:
 
 
 class Referee:
-    """Runs modules over one engine, each in a process of its own, with databases of its own."""
+    """Runs modules over one engine, or over the bridge, each in a process of its own, with databases of its own."""
 
     def __init__(
-        self, engine: str, tests: Path, folder: Path, postgres: Postgres, logs: Path, jobs: int
+        self,
+        engine: str,
+        tests: Path,
+        folder: Path,
+        postgres: Postgres | None,
+        logs: Path,
+        jobs: int,
     ) -> None:
+        """``postgres`` is for the engines but "-sqlite"."""
         self.engine = engine
         self.tests = tests
         self.folder = folder
@@ -146,9 +194,8 @@ class Referee:
         if unknown:
             raise RefereeError(f"Django {django.__version__} has no tests {', '.join(unknown)}.")
         for module in list(modules):
-            if not self.engine.endswith("sqlite") and (
-                lacks := server.lacks(self.postgres, module)
-            ):
+            lacks = self._lacks(module)
+            if lacks:
                 print(
                     f"{module:28} left out: PostgreSQL has no {', '.join(lacks)} here", flush=True
                 )
@@ -170,6 +217,11 @@ class Referee:
             run.broken = f"the process ended with {code}: see {self.log(module)}"
         return run
 
+    def _lacks(self, module: str) -> list[str]:
+        if self.postgres is None or self.engine.endswith("sqlite"):
+            return []
+        return server.lacks(self.postgres, module)
+
     def log(self, module: str) -> Path:
         return self.logs / f"{self.engine}-{django.__version__}-{module}.log"
 
@@ -187,17 +239,27 @@ class Referee:
             process.wait()
 
 
-def _environment(postgres: Postgres) -> dict[str, str]:
+def _environment(postgres: Postgres | None) -> dict[str, str]:
     """Without what would lead to other settings, or to another server."""
     ours = {n: v for n, v in os.environ.items() if not n.startswith(("PG", "DJANGO", "DATABASE"))}
-    return ours | postgres.env()
+    return ours | (postgres.env() if postgres else {})
 
 
-def report(engine: str, runs: Iterator[Run], listed: list[Expected], labels: set[str]) -> int:
-    """Prints a line for each module, then what was not expected; returns how much of that there is."""
+def report(
+    engine: str,
+    runs: Iterator[Run],
+    listed: list[Expected],
+    labels: set[str],
+    counted: str = "statements",
+) -> int:
+    """Prints a line for each module, then what was not expected; returns how much of that there is.
+
+    ``counted`` is what the runs' ``counts`` are of.
+    """
     here = [entry for entry in listed if entry.applies(engine, django.__version__)]
     print(f"\n{engine}, Django {django.__version__}, Python {platform.python_version()}")
-    print(_row("", *COLUMNS), flush=True)
+    columns = [counted if name == "through" else name for name in COLUMNS]
+    print(_row("", *columns), flush=True)
     totals: Counter[str] = Counter()
     problems: list[str] = []
     for run in runs:
@@ -207,13 +269,13 @@ def report(engine: str, runs: Iterator[Run], listed: list[Expected], labels: set
         problems += verdict.problems
         print(_row(run.module, *figures.values()), flush=True)
     print(_row("total", *(totals[name] for name in COLUMNS)))
-    if not engine.startswith("django") and not totals["statements"]:
-        problems.append("no statement went through the engine")
+    if not engine.startswith("django") and not totals["through"]:
+        problems.append(f"no {counted} went through tornjango")
     print(f"Not expected: {len(problems)}", *problems, sep="\n  ", flush=True)
     return len(problems)
 
 
-COLUMNS = ("passed", "failed", "errors", "skipped", "listed", "statements", "seconds")
+COLUMNS = ("passed", "failed", "errors", "skipped", "listed", "through", "seconds")
 
 
 def _figures(run: Run, verdict: Verdict) -> dict[str, int]:
@@ -223,7 +285,7 @@ def _figures(run: Run, verdict: Verdict) -> dict[str, int]:
         "errors": run.count("error"),
         "skipped": run.count("skipped"),
         "listed": verdict.expected,
-        "statements": run.statements.total(),
+        "through": run.counts.total(),
         "seconds": round(run.seconds),
     }
 

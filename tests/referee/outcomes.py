@@ -22,13 +22,14 @@ class Outcome(NamedTuple):
 
 @dataclasses.dataclass
 class Run:
-    """One module's tests over one engine."""
+    """One module's tests over one engine, or over the bridge."""
 
     engine: str
     module: str
     seconds: float = 0.0
     tests: dict[str, Outcome] = dataclasses.field(default_factory=dict)
-    statements: Counter[str] = dataclasses.field(default_factory=Counter)
+    #: What went through tornjango: statements by their engine, or requests by their method.
+    counts: Counter[str] = dataclasses.field(default_factory=Counter)
     #: Why not all tests were run, if they were not.
     broken: str = ""
 
@@ -41,8 +42,8 @@ def read(run: Run, lines: Iterable[str]) -> None:
     unfinished = None
     for line in lines:
         told = json.loads(line)
-        if told["step"] == "statements":
-            run.statements.update(told["statements"])
+        if told["step"] == "counted":
+            run.counts.update(told["counts"])
             continue
         test = _plain(told["test"])
         unfinished = test if told["step"] == "started" else None

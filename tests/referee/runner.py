@@ -20,7 +20,9 @@ from asgiref.sync import SyncToAsync
 from django.core.signals import setting_changed
 from django.db import connections
 from django.test.runner import DiscoverRunner
+from django.test.utils import iter_test_cases  # type: ignore[attr-defined]
 
+from tests.referee.bridge import Bridge, runserver_of_tornjango
 from tornjango import green
 from tornjango.db import pools
 from tornjango.db.engines.base import Engine, Lease, Stream
@@ -50,8 +52,9 @@ class Lines:
     def write(self, step: str, test: str, error: str = "") -> None:
         self._line({"step": step, "test": test, "error": error})
 
-    def statements(self, counts: Counter[str]) -> None:
-        self._line({"step": "statements", "statements": counts})
+    def counted(self, counts: Counter[str]) -> None:
+        """How much went through tornjango: statements by their engine, or requests by their method."""
+        self._line({"step": "counted", "counts": counts})
 
     def _line(self, line: dict[str, object]) -> None:
         with self._path.open("a") as file:
@@ -109,6 +112,13 @@ class Result(unittest.TextTestResult):
         lines.write(step, test.id(), "" if error is None else f"{type(error).__name__}: {first}")
 
 
+#: They expect that a file's permissions keep them out.
+NOT_AS_ROOT = {
+    "file_uploads.tests.DirectoryCreationTests.test_readonly_root",
+    "i18n.test_compilation.PoFileTests.test_no_write_access",
+}
+
+
 class Runner(DiscoverRunner):
     """Django's own connections: what fails here is not tornjango's."""
 
@@ -141,7 +151,7 @@ class GreenRunner(Runner):
                 return await green.run(self._run, suite, serialized)
         finally:
             await pools.close()
-            lines.statements(counts)
+            lines.counted(counts)
 
     def _run(
         self, suite: unittest.TestSuite, serialized: dict[str, str | None]
@@ -150,6 +160,31 @@ class GreenRunner(Runner):
             if contents is not None:
                 connections[alias]._test_serialized_contents = contents  # type: ignore[attr-defined]
         result: unittest.TextTestResult = super().run_suite(suite)
+        return result
+
+
+def _nothing(test: unittest.TestCase) -> None:
+    """In the place of a test that is skipped."""
+
+
+class BridgeRunner(Runner):
+    """What the tests' clients request goes through tornjango: see `tests.referee.bridge`."""
+
+    def build_suite(self, *args: Any, **kwargs: Any) -> unittest.TestSuite:
+        with runserver_of_tornjango():
+            suite: unittest.TestSuite = super().build_suite(*args, **kwargs)
+        if os.geteuid() == 0:
+            for test in iter_test_cases(suite):
+                if test.id() in NOT_AS_ROOT:
+                    setattr(type(test), test._testMethodName, unittest.skip("as root")(_nothing))
+        return suite
+
+    def run_suite(self, suite: unittest.TestSuite, **kwargs: Any) -> unittest.TextTestResult:
+        with Bridge() as bridge:
+            try:
+                result: unittest.TextTestResult = super().run_suite(suite, **kwargs)
+            finally:
+                lines.counted(bridge.requests)
         return result
 
 

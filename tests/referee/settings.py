@@ -33,7 +33,13 @@ def _postgresql(alias: str) -> dict[str, Any]:
 
 
 _database = _sqlite if ENGINE.endswith("sqlite") else _postgresql
-DATABASES = {alias: _database(alias) for alias in ("default", "other")}
 _engine = ENGINE.removesuffix("-sqlite")
-TORNJANGO = {} if _engine == "django" else {"ENGINES": dict.fromkeys(DATABASES, _engine)}
-TEST_RUNNER = "tests.referee.runner." + ("Runner" if _engine == "django" else "GreenRunner")
+if (
+    ENGINE != "bridge"
+):  # in memory there, as Django has them: all threads are given the test's connections
+    DATABASES = {alias: _database(alias) for alias in ("default", "other")}
+TORNJANGO = (
+    {} if _engine in ("bridge", "django") else {"ENGINES": dict.fromkeys(DATABASES, _engine)}
+)
+_runners = {"bridge": "BridgeRunner", "django": "Runner"}
+TEST_RUNNER = "tests.referee.runner." + _runners.get(_engine, "GreenRunner")
