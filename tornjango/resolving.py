@@ -34,6 +34,8 @@ class Index:
             branch.plant()
         #: Whether middleware may change what a path means: by a language, or by what patterns of other classes look at.
         self.varies = walk.varies
+        #: Whether there are patterns given as translated strings.
+        self.translated = walk.translated
 
     def find(self, path: str) -> ResolverMatch | None:
         """What the resolver answers for a path in the active language; None where it has no answer."""
@@ -311,6 +313,7 @@ class _Walk:
     def __init__(self) -> None:
         self.branches: dict[int, Branch] = {}
         self.varies = False
+        self.translated = False
 
     def branch(self, resolver: URLResolver) -> Branch:
         branch = self.branches.get(id(resolver))
@@ -321,6 +324,7 @@ class _Walk:
 
     def _child(self, entry: Any) -> _Child:
         self.varies |= not _is_fixed(entry)
+        self.translated |= is_translated(getattr(entry, "pattern", None))
         if type(entry) is URLPattern:
             return Leaf(entry)
         return self.branch(entry) if type(entry) is URLResolver else Foreign(entry)

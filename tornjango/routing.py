@@ -14,6 +14,9 @@ from tornado.web import RequestHandler
 
 from tornjango.resolving import Index
 
+#: Where a resolver of Django's keeps its index.
+_INDEX = "_tornjango_index"
+
 
 @dataclass(frozen=True)
 class Route:
@@ -76,11 +79,17 @@ def indexed(urlconf: Any = None) -> Index:
     It is made at the first call: again after ``clear_url_caches()``, without which changed patterns are not seen.
     """
     resolver = get_resolver(urlconf)
-    index: Index | None = resolver.__dict__.get("_tornjango_index")
+    index: Index | None = resolver.__dict__.get(_INDEX)
     if index is None:
         index = Index(resolver)
-        resolver.__dict__.update(_tornjango_index=index, resolve=index.resolve)
+        resolver.__dict__.update({_INDEX: index, "resolve": index.resolve})
     return index
+
+
+def is_translated() -> bool:
+    """Whether the project's routes, where they are known by now, are others in other languages."""
+    index = get_resolver().__dict__.get(_INDEX)
+    return index is not None and index.translated
 
 
 def _walk(

@@ -106,14 +106,18 @@ class Registry:
                 )
         return warnings + self._problems
 
+    def holds(self, path: str | os.PathLike[str]) -> bool:
+        """Whether a file lies in a folder of templates, Python files excepted."""
+        folders = [folder for kind, engine in _known() for folder in kind.folders(engine)]
+        return not os.fspath(path).endswith(".py") and files.inside(path, folders)
+
     def refresh(self, path: str | os.PathLike[str]) -> bool:
         """Takes in that a file has changed, appeared or vanished, and logs what is newly wrong as an error.
 
         True if the file lies in a folder of templates, Python files excepted: then all templates are up to date, those
         that extend or include it too, and nothing needs to restart. Reads files: not for the event loop's thread.
         """
-        folders = [folder for kind, engine in _known() for folder in kind.folders(engine)]
-        if os.fspath(path).endswith(".py") or not files.inside(path, folders):
+        if not self.holds(path):
             return False
         with self._lock:
             known = set(self._problems)

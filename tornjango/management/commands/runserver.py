@@ -84,6 +84,7 @@ class Command(InstalledCommand):
         return command
 
     def run(self, **options: Any) -> None:
+        reloader.install()
         with stopped_at_exit():
             super().run(**options)
 
@@ -113,7 +114,6 @@ class Command(InstalledCommand):
         return threads | given(options, self.keys)
 
     def get_handler(self, *args: Any, **options: Any) -> Any:
-        reloader.install()
         return Application(staticfiles=self._finds_static(options))
 
     def _finds_static(self, options: dict[str, Any]) -> bool | None:
