@@ -1,13 +1,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
 from django.conf.urls.i18n import i18n_patterns
+from django.http import HttpRequest
 from django.test import override_settings
-from django.urls import Resolver404, clear_url_caches, include, path, re_path, resolve, reverse
+from django.urls import (
+    Resolver404,
+    ResolverMatch,
+    URLPattern,
+    clear_url_caches,
+    include,
+    path,
+    re_path,
+    resolve,
+    reverse,
+)
+from django.urls.resolvers import RoutePattern
 from django.utils import translation
+from django.utils.decorators import async_only_middleware
 from django.utils.translation import gettext_lazy
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +29,7 @@ from tornado.httpclient import AsyncHTTPClient
 
 import tornjango
 from tests import views
+from tests.serving import serving
 from tornjango.routing import Routes
 
 
@@ -151,6 +166,126 @@ async def test_i18n_patterns_and_handlers_of_errors(
         raise_error=False,
     )
     assert (answer.code, answer.body) == (status, content)
+
+
+MANY = 1000
+
+
+class Numbered:
+    """The URLconf of many patterns."""
+
+    urlpatterns = [
+        *(path(f"a{number}/<int:pk>/", views.asynchronous) for number in range(MANY)),
+        path("bare", views.asynchronous),
+    ]
+
+
+class Elsewhere:
+    urlpatterns = [path("elsewhere/", views.asynchronous)]
+
+
+#: What the middleware below sets for a request.
+chosen: ContextVar[bool] = ContextVar("chosen", default=False)
+
+
+class Choosy(URLPattern):
+    """A pattern of the project's own, which looks at more than the path."""
+
+    def resolve(self, path: str) -> ResolverMatch | None:
+        return super().resolve(path) if chosen.get() else None
+
+
+class Chosen:
+    urlpatterns = [
+        Choosy(path("which/", views.sync).pattern, views.marked),
+        path("which/", views.sync),
+    ]
+
+
+@async_only_middleware
+def elsewhere(get_response: Any) -> Any:
+    async def middleware(request: HttpRequest) -> Any:
+        if "elsewhere" in request.GET:
+            request.urlconf = Elsewhere  # type: ignore[attr-defined]
+        chosen.set("chosen" in request.GET)
+        return await get_response(request)
+
+    return middleware
+
+
+MIDDLEWARE = ["tests.test_routing.elsewhere", "django.middleware.common.CommonMiddleware"]
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The patterns that were asked whether they match."""
+    asked: list[str] = []
+    match = RoutePattern.match
+
+    def noting(pattern: RoutePattern, path: str) -> Any:
+        asked.append(str(pattern))
+        return match(pattern, path)
+
+    monkeypatch.setattr(RoutePattern, "match", noting)
+    return asked
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize(
+    ("target", "status", "location"),
+    [
+        (f"/a{MANY - 1}/7/", 200, None),
+        (f"/a{MANY - 1}/7", 301, f"/a{MANY - 1}/7/"),
+        ("/bare", 200, None),
+        ("/bare/", 404, None),
+        (f"/a{MANY}/7/", 404, None),
+        (f"/a{MANY}/7", 404, None),
+        ("/a1/x", 404, None),
+    ],
+)
+async def test_slashes_are_appended_and_nothing_is_found_without_asking_all_patterns(
+    target: str, status: int, location: str | None, tried: list[str]
+) -> None:
+    async with serving(ROOT_URLCONF=Numbered, MIDDLEWARE=MIDDLEWARE) as site:
+        tried.clear()
+        answer = await site.request(target)
+        assert (answer.status, answer.header("Location")) == (status, location)
+        assert len(tried) <= 4
+
+
+@pytest.mark.gen_test
+async def test_the_page_for_nothing_found_lists_all_patterns_in_development() -> None:
+    async with serving(ROOT_URLCONF=Numbered, DEBUG=True) as site:
+        answer = await site.request("/nothing/")
+        assert answer.status == 404
+        assert answer.body.count(b"&lt;int:pk&gt;") == MANY
+
+
+@pytest.mark.gen_test
+async def test_a_urlconf_of_a_request_is_its_own(tried: list[str]) -> None:
+    async with serving(ROOT_URLCONF=Numbered, MIDDLEWARE=MIDDLEWARE) as site:
+        assert (await site.request("/elsewhere/")).status == 404
+        assert (await site.request("/elsewhere/?elsewhere")).status == 200
+        assert (await site.request("/elsewhere?elsewhere")).status == 301
+        assert (await site.request("/bare?elsewhere")).status == 404
+        assert (await site.request("/bare")).status == 200
+
+
+@pytest.mark.gen_test
+async def test_a_urlconf_that_is_exchanged_is_used_at_once() -> None:
+    async with serving(ROOT_URLCONF=Numbered) as site:
+        assert (await site.request("/bare")).status == 200
+        with override_settings(ROOT_URLCONF=Elsewhere):
+            assert (await site.request("/bare")).status == 404
+            assert (await site.request("/elsewhere/")).status == 200
+        assert (await site.request("/bare")).status == 200
+
+
+@pytest.mark.gen_test
+async def test_patterns_of_the_projects_own_are_asked_after_middleware() -> None:
+    async with serving(ROOT_URLCONF=Chosen, MIDDLEWARE=MIDDLEWARE) as site:
+        assert b'"sync"' in (await site.request("/which/")).body
+        assert b'"deferred"' in (await site.request("/which/?chosen")).body
 
 
 def test_re_path_and_reverse_agree() -> None:
