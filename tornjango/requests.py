@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from django.conf import settings
+from django.core.exceptions import BadRequest
 from django.http import HttpRequest, QueryDict, parse_cookie
 from django.http.request import HttpHeaders
 from django.urls import ResolverMatch
@@ -26,6 +27,7 @@ from tornado.web import HTTPError
 
 from tornjango import green
 from tornjango.bodies import Body
+from tornjango.knots import Retied
 from tornjango.proxies import Proxies
 
 #: A form larger than this is parsed in a worker thread, for green code; in bytes.
@@ -129,7 +131,10 @@ class TornadoRequest(HttpRequest):
     route_match: ResolverMatch | None = None
 
     def __init__(self, request: HTTPServerRequest, body: Body) -> None:
-        """Raises ``UnicodeDecodeError`` never: broken UTF-8 in a path stays percent-encoded, as under WSGI."""
+        """Broken UTF-8 in a path stays percent-encoded, as under WSGI.
+
+        Raises ``BadRequest`` for a Content-Type that Django cannot read; under its own handlers that is a 500.
+        """
         # HttpRequest.__init__ would fill GET, POST, COOKIES, META and FILES, which are lazy here.
         self.tornado_request = request
         self.script_name = script_name()
@@ -143,7 +148,10 @@ class TornadoRequest(HttpRequest):
         self._read_started = False
         self._post_parse_error = False
         self.META = self._meta()
-        self._set_content_type_params(self.META)  # type: ignore[attr-defined]
+        try:
+            self._set_content_type_params(self.META)  # type: ignore[attr-defined]
+        except ValueError as exc:  # until Django 6.0
+            raise BadRequest("Invalid Content-Type header.") from exc
 
     def _meta(self) -> dict[str, Any]:
         request = self.tornado_request
@@ -190,6 +198,17 @@ class TornadoRequest(HttpRequest):
         query: bytes = self.META["QUERY_STRING"].encode("latin-1")
         return QueryDict(query, encoding=self.encoding)
 
+    @property
+    def encoding(self) -> str | None:
+        return self._encoding
+
+    @encoding.setter
+    def encoding(self, value: str | None) -> None:
+        # Django's looks whether there is a GET, which makes one: of too many fields, before anybody asked for them.
+        self._encoding = value
+        self.__dict__.pop("GET", None)
+        self.__dict__.pop("_post", None)
+
     @cached_property
     def COOKIES(self) -> dict[str, str]:  # type: ignore[override]
         cookie: str = self.META.get("HTTP_COOKIE", "")
@@ -225,6 +244,9 @@ class TornadoRequest(HttpRequest):
     def close(self) -> None:
         super().close()
         self._body_file.close()
+
+    user = Retied()
+    auser = Retied()
 
 
 def script_name() -> str:
