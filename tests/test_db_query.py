@@ -17,7 +17,7 @@ from tests.database import Watcher, opened, until
 from tests.postgres import Postgres
 from tornjango import db
 from tornjango.db import pools
-from tornjango.responses import DeferredResponse, State, current
+from tornjango.responses import DeferredResponse, State, running
 
 where: ContextVar[str] = ContextVar("where", default="nowhere")
 
@@ -40,7 +40,6 @@ def respond() -> tuple[DeferredResponse, list[BaseException]]:
         view_name="tests.view",
         context=copy_context(),
     )
-    response.context.run(current.set, response)
     response.context.run(where.set, "the request")
     return response, driver.failures
 
@@ -130,7 +129,7 @@ async def test_the_callback_gets_the_rows_in_the_context_of_the_request(blogs: N
         seen: list[Any] = []
 
         def done(rows: list[Blog]) -> None:
-            seen.append(([row.name for row in rows], where.get(), current.get()))
+            seen.append(([row.name for row in rows], where.get(), running()))
             where.set("changed by a callback")
 
         queryset = Blog.objects.order_by("pk")

@@ -22,7 +22,7 @@ from django.db import connections
 from django.dispatch import dispatcher
 from django.utils.log import log_response
 
-from tornjango import blocking, failures, green
+from tornjango import blocking, failures, green, knots
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -131,7 +131,7 @@ _replaced: list[Replacement] = []
 def install() -> None:
     """Until `uninstall`, Django's own ``a``-prefixed methods run green, ``async_to_sync`` waits in green code, and what
     blocks there goes aside (``tornjango.blocking``)."""
-    going_aside = [*blocking.replacements(), *failures.replacements()]
+    found = [*blocking.replacements(), *failures.replacements(), *knots.replacements()]
     for name, is_known in MODULES.items():
         module = _module(name)
         if module is not None and hasattr(module, "sync_to_async"):
@@ -140,7 +140,7 @@ def install() -> None:
     for twin in TWINS:
         _install_twin(twin)
     _replace(AsyncToSync, "__call__", _async_to_sync(AsyncToSync.__call__))
-    for replacement in going_aside:
+    for replacement in found:
         _replace(*replacement)
     blocking.forget()
 

@@ -18,6 +18,7 @@ from django.core.signals import got_request_exception
 from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
 from django.middleware import csrf
+from django.template import TemplateDoesNotExist, loader
 from django.template.response import SimpleTemplateResponse
 from django.urls import URLResolver
 from django.utils.log import AdminEmailHandler, log_response
@@ -50,10 +51,30 @@ def busy(exc: Overloaded, what: str, request: HttpRequest) -> HttpResponse:
     return response
 
 
+class _Loader:
+    """Django's template loader for its own pages: a template that is not there leaves no knot of frames behind."""
+
+    @staticmethod
+    def get_template(name: str) -> Any:
+        try:
+            return loader.get_template(name)
+        except TemplateDoesNotExist as exc:
+            for part in exc.chain:
+                _without_frames(part)
+            raise
+
+
+def _without_frames(exc: BaseException | None) -> None:
+    while exc is not None:
+        exc.__traceback__ = None
+        exc = exc.__cause__ or exc.__context__
+
+
 def replacements() -> Iterator[tuple[Any, str, Any]]:
     """Owner, name, and what is to be there while tornjango serves."""
     yield exception, "response_for_exception", _response_for_exception
     yield URLResolver, "resolve_error_handler", _resolve_error_handler
+    yield defaults, "loader", _Loader
     yield csrf, "_get_failure_view", _get_failure_view
     yield got_request_exception, "send", _send
     yield AdminEmailHandler, "handle", _handle

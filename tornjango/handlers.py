@@ -25,6 +25,7 @@ from tornjango.cancellation import Cancellation
 from tornjango.conf import get_config
 from tornjango.exceptions import Overloaded
 from tornjango.failures import only_django_listens
+from tornjango.knots import untie, untie_file
 from tornjango.requests import TornadoRequest
 from tornjango.sending import Sending, is_closed, refuse_on
 
@@ -128,6 +129,8 @@ class DjangoHandler(RequestHandler):
             self._body.close()
             if self.application.observers:
                 self._tell()
+            if self._django_request is not None:
+                untie(self._django_request)
 
     async def _answer(self) -> None:
         self.application.workers.enter()
@@ -152,6 +155,7 @@ class DjangoHandler(RequestHandler):
         finally:
             self._closing = True
             await self._close(response)
+            untie_file(response)
 
     async def _start(self, request: TornadoRequest) -> None:
         """Sends ``request_started``: in a worker thread where a receiver of others might wait."""

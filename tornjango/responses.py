@@ -10,6 +10,7 @@ import asyncio
 import contextvars
 import enum
 import logging
+import weakref
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextvars import ContextVar
 from os import PathLike
@@ -24,8 +25,16 @@ from tornjango.exceptions import ResponseStateError
 
 logger = logging.getLogger("tornjango.responses")
 
-#: The deferred response of the request whose view or callback is running, if it has one.
-current: ContextVar[DeferredResponse | None] = ContextVar("tornjango_response", default=None)
+# Weak, since the response holds the context.
+current: ContextVar[weakref.ref[DeferredResponse] | None] = ContextVar(
+    "tornjango_response", default=None
+)
+
+
+def running() -> DeferredResponse | None:
+    """The deferred response of the request whose view or callback is running, if it has one."""
+    response = current.get()
+    return None if response is None else response()
 
 
 class State(enum.Enum):
@@ -109,6 +118,7 @@ class DeferredResponse:
         self.view_name = view_name
         #: The view and all its callbacks run in this context.
         self.context = context if context is not None else contextvars.copy_context()
+        self.context.run(current.set, weakref.ref(self))
         self.state = State.OPEN
         self._driver = driver
         self._response = HttpResponse()
@@ -309,7 +319,14 @@ class DeferredResponse:
             task.cancel()
         else:
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(self._untrack)
+
+    def _untrack(self, task: asyncio.Future[Any]) -> None:
+        self._tasks.discard(task)
+
+    def release(self) -> None:
+        """For its driver, when it has ended: nothing more is asked of that."""
+        del self._driver
 
     def _step(self, event: Event, verb: str) -> bool:
         """Goes to the next state; False where there is nobody left to answer."""

@@ -336,7 +336,6 @@ class _Call:
         self.loop = asyncio.get_running_loop()
         self.answer: asyncio.Future[HttpResponseBase] = self.loop.create_future()
         self.response = DeferredResponse(request, self, view_name=name)
-        self.response.context.run(responses.current.set, self.response)
 
     async def run(self, view: Callable[[], Any], seconds: float) -> HttpResponseBase:
         """Raises what the view, or one of its callbacks, raised."""
@@ -354,6 +353,8 @@ class _Call:
             raise
         finally:
             timer.cancel()
+            self.response.release()
+            del self.answer  # and the exception in it, whose traceback leads here
             _bring_back(self.response.context)
 
     def _returned(self, result: Any) -> None:

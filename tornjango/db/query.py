@@ -15,7 +15,7 @@ from tornjango.db.compiler import AnyQuerySet, Params, Row
 from tornjango.db.engines.base import Result
 from tornjango.db.engines.notices import Listener
 from tornjango.db.prepared import Prepared
-from tornjango.responses import DeferredResponse, current
+from tornjango.responses import running
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -109,16 +109,18 @@ class Query:
     async def _run(self) -> Rows:
         try:
             result = await fetching.execute(self.alias, self.sql, self.params)
+            rows = Rows(result)
+            for callback in self._callbacks:
+                await _call(callback, rows)
+            return rows
         except Exception as exc:
             for errback in self._errbacks:
                 await _call(errback, exc)
             if not self._errbacks and not self._awaited:
                 _fail(exc)
             raise
-        rows = Rows(result)
-        for callback in self._callbacks:
-            await _call(callback, rows)
-        return rows
+        finally:
+            del self  # the query holds its error, and that its traceback, which leads here
 
 
 class Database:
@@ -270,7 +272,7 @@ def _spawn(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
             "Queries of tornjango.db run on the event loop; there is none in this thread. "
             "In a sync view, use the ORM as ever."
         ) from None
-    response: DeferredResponse | None = current.get()
+    response = running()
     if response is None:
         return loop.create_task(work)
     task = loop.create_task(work, context=response.context)
@@ -289,7 +291,7 @@ async def _call(callback: Callable[[T], object], value: T) -> None:
 
 
 def _fail(exc: Exception) -> None:
-    response = current.get()
+    response = running()
     if response is not None:
         response.fail(exc)
         return
