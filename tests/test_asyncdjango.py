@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
+from unittest import mock
 
 import pytest
 from asgiref.sync import AsyncToSync, async_to_sync, sync_to_async
@@ -19,6 +20,7 @@ from django.contrib.auth import (
     hashers,
 )
 from django.contrib.auth.backends import BaseBackend, ModelBackend
+from django.contrib.auth.base_user import AbstractBaseUser
 from django.contrib.auth.decorators import login_required, permission_required
 from django.contrib.auth.hashers import MD5PasswordHasher
 from django.contrib.auth.models import AnonymousUser, Permission, User
@@ -530,6 +532,17 @@ async def test_an_async_transaction_that_a_thread_waits_for_is_whole(database: N
     async with opened():
         assert await sync_to_async(async_to_sync(view))() == 2
         assert await Blog.objects.acount() == 0
+
+
+@pytest.mark.gen_test
+async def test_on_a_loop_that_is_not_served_djangos_own_coroutines_run() -> None:
+    user = User(password=hashers.make_password("right", hasher="md5"))
+    with mock.patch.object(AbstractBaseUser, "check_password", side_effect=AssertionError):
+        asyncdjango.install()
+        try:
+            assert await user.acheck_password("right")
+        finally:
+            asyncdjango.uninstall()
 
 
 def test_a_project_without_users_that_has_imported_their_modules_is_served() -> None:

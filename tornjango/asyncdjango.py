@@ -171,6 +171,8 @@ def _install_twin(twin: Twin) -> None:
     @functools.wraps(before)
     @green.unreported
     async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not green.is_served():
+            return await before(self, *args, **kwargs)
         return await green.run(of, self, *args, **kwargs)
 
     _replace(owner, twin.name, call)
