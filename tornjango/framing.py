@@ -108,18 +108,21 @@ def _check_target(method: str, target: str) -> None:
 class _Fields:
     """What llhttp calls back."""
 
-    __slots__ = ("headers", "whole")
+    __slots__ = ("_names", "headers", "whole")
 
     def __init__(self) -> None:
         self.headers = HTTPHeaders()
+        self._names: set[bytes] = set()
         self.whole = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        key, text = name.decode("latin-1"), value.decode("latin-1").rstrip(" \t")
-        if key in self.headers:
-            self.headers.add(key, text)
+        text = value.decode("latin-1").rstrip(" \t")
+        lower = name.lower()
+        if lower in self._names:
+            self.headers.add(name.decode(), text)
         else:  # without the checks of add(), which llhttp has done
-            self.headers[key] = text
+            self._names.add(lower)
+            self.headers[name.decode()] = text
 
     def on_headers_complete(self) -> None:
         self.whole = True

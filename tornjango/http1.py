@@ -434,7 +434,7 @@ class Connection(asyncio.Protocol):
             return
         self.state = State.WAITING
         self._within(self.server.config.IDLE_TIMEOUT)
-        if self._unread:
+        if self._at < len(self._unread):
             self.server.loop.call_soon(self.advance)
 
     def open_stream(self) -> TransportStream | None:
