@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Self
 
-
 #: Between two requests of a client, in seconds: workers that start need the processor, too.
 PAUSE = 0.01
 
