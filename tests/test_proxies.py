@@ -1,18 +1,25 @@
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import json
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
+from django.test import override_settings
 from hypothesis import given
 from hypothesis import strategies as st
 from tornado.httputil import HTTPHeaders
 
 from tests.serving import serving
+from tornjango.application import Application
 from tornjango.conf import Config
 from tornjango.exceptions import ConfigurationError
 from tornjango.proxies import Origin, Proxies
+from tornjango.server import Server
+from tornjango.testing import RawClient
 
 TRUSTED = ["10.0.0.0/8", "2001:db8::/32", "192.0.2.1"]
 PEER = "10.0.0.1"
@@ -260,3 +267,24 @@ async def test_forwarded_is_read_where_the_settings_say_so() -> None:
     async with serving(TORNJANGO=options) as site:
         known = json.loads((await site.request("/whole/", headers=headers)).body)
     assert (known["scheme"], known["META"]["REMOTE_ADDR"]) == ("https", "2001:db8::1")
+
+
+@pytest.mark.parametrize(("trusted", "client"), [(["unix"], "1.2.3.4"), (["127.0.0.1"], "")])
+@pytest.mark.gen_test
+async def test_whoever_connects_to_a_unix_socket_can_be_trusted(
+    trusted: list[str], client: str, tmp_path: Path
+) -> None:
+    with (
+        override_settings(ROOT_URLCONF="tests.http_views", TORNJANGO={"TRUSTED_PROXIES": trusted}),
+        socket.socket(socket.AF_UNIX) as listener,
+    ):
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen()
+        server = Server(Application(), [listener])
+        serving = asyncio.create_task(server.serve())
+        async with RawClient(*await asyncio.open_unix_connection(tmp_path / "socket")) as raw:
+            known = json.loads((await raw.request("/whole/", headers=FORWARDED)).body)
+        server.stop()
+        await serving
+    assert known["META"]["REMOTE_ADDR"] == client
+    assert known["scheme"] == ("https" if client else "http")

@@ -317,7 +317,7 @@ async def test_a_part_that_is_not_there_is_answered_416(stored: Path) -> None:
     async with answering() as site, await site.connect() as client:
         target = f"/file/?{urlencode({'path': str(stored)})}"
         answer = await client.request(target, headers=[("Range", f"bytes={SIZE}-")])
-        assert (answer.status, answer.reason) == (416, "Range Not Satisfiable")
+        assert answer.status == 416
         assert (answer.body, answer.header("Content-Length")) == (b"", "0")
         assert answer.header("Content-Range") == f"bytes */{SIZE}"
         assert (await client.request(target)).body == CONTENT

@@ -84,6 +84,8 @@ class BodyReceiver(HTTPMessageDelegate):
         #: Bytes that came after the request was refused; None while it is not.
         self._dropped: int | None = None
         self._arrived: asyncio.Future[None] | None = None
+        #: What a worker thread is writing to the disk.
+        self._writing: asyncio.Future[None] | None = None
 
     def headers_received(self, start_line: Any, headers: HTTPHeaders) -> None:
         if "Content-Length" not in headers and "Transfer-Encoding" not in headers:
@@ -123,17 +125,26 @@ class BodyReceiver(HTTPMessageDelegate):
         self._end_arrival()
 
     def on_connection_close(self) -> None:
-        self.body.close()
+        if self._writing is None or self._writing.done():
+            self.body.close()
+        else:  # not under the thread that writes
+            self._writing.add_done_callback(self._close_written)
         self._end_arrival()
+
+    def _close_written(self, writing: asyncio.Future[None]) -> None:
+        self.body.close()
+        if not writing.cancelled() and (error := writing.exception()) is not None:
+            logger.info("A body that nobody waits for was not written: %s", error)
 
     def _end_arrival(self) -> None:
         if self._arrived is not None and not self._arrived.done():
             self._arrived.set_result(None)
 
     async def _write_to_disk(self, chunk: bytes) -> None:
-        loop = asyncio.get_running_loop()
+        loop, pool = asyncio.get_running_loop(), self.application.workers.pool
         try:
-            await loop.run_in_executor(self.application.workers.pool, self.body.write, chunk)
+            self._writing = loop.run_in_executor(pool, self.body.write, chunk)
+            await asyncio.shield(self._writing)
         except Overloaded as exc:
             self._refuse(503, str(exc), "The server is busy. Please try again in a moment.")
         except OSError as exc:  # the disk is full, say
