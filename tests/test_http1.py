@@ -449,7 +449,10 @@ async def test_nothing_of_a_connection_remains() -> None:
             await until(lambda: not site.server.connections)
             site.echo.requests.clear()
             await asyncio.sleep(0)
-            assert not [o for o in gc.get_objects() if isinstance(o, (http1.Connection, Exchange))]
+            connections = [o for o in gc.get_objects() if isinstance(o, http1.Connection)]
+            exchanges = [o for o in gc.get_objects() if isinstance(o, Exchange)]
+            assert not [o for o in connections if o.server is site.server]
+            assert not [o for o in exchanges if o.connection.server is site.server]
         finally:
             gc.enable()
 

@@ -59,7 +59,7 @@ HOSTILE: dict[str, tuple[bytes, list[int]]] = {
     "chunk ended by LF": (CHUNKED + b"1\r\na\n0\r\n\r\n" + SMUGGLED, [400]),
     "trailer that is none": (CHUNKED + b"0\r\nGET /smuggled HTTP/1.1\r\n\r\n", [400]),
     "trailer with a length": (CHUNKED + b"0\r\nContent-Length: 43\r\n\r\n" + SMUGGLED + LAST, [200, 200, 200]),
-    "trailers without end": (CHUNKED + b"0\r\n" + b"a: b\r\n" * 20_000, [400]),
+    "trailers without end": (CHUNKED + b"0\r\n" + (b"a: " + b"b" * 1000 + b"\r\n") * 70, [400]),
     "null": (b"GET /\x00 HTTP/1.1\r\n\r\n" + SMUGGLED, [400]),
     "null body": (framed(b"Content-Length: 3") + b"\0\0\0" + LAST, [200, 200]),
     "head without end": (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 50_000, [431]),
