@@ -35,7 +35,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests import views
-from tornjango.resolving import Index
+from tornjango.resolving import Branch, Index, Tree
 from tornjango.routing import Routes, indexed
 
 LANGUAGES = ["en-us", "de", "fr"]
@@ -442,12 +442,21 @@ def test_few_patterns_are_tried_however_many_there_are(family: str, tries: Tries
         assert_as_django(resolver, index, nothing)
 
 
-def test_a_language_has_an_index_of_its_own(tries: Tries) -> None:
+def test_a_language_has_an_index_of_its_own(tries: Tries, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted: list[str | None] = []
+    plant = Branch.plant
+
+    def noting(branch: Branch) -> Tree:
+        planted.append(translation.get_language())
+        return plant(branch)
+
+    monkeypatch.setattr(Branch, "plant", noting)
     index = Index(root(*(path(_lazily(f"{i}/"), views.sync) for i in range(MANY))))
     for language in ("de", "fr", "de"):
         with translation.override(language):
             assert index.find(f"/{language}-7/") is not None
             assert tries.during(partial(index.find, f"/{language}-{MANY - 1}/")) == 2
+    assert planted == ["en-us", "de", "fr"]
 
 
 def test_includes_nest_as_deep_as_with_django(tries: Tries) -> None:
