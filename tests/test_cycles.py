@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,3 +136,17 @@ async def test_a_request_that_is_kept_has_its_user_still(database: None) -> None
         await ended(site)
         assert not hasattr(Kept.request, "user")
         del Kept.request
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_requests_that_were_answered(database: None) -> None:
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.request_memory", "1200"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    _, grown, _, _ = map(int, run.stdout.split())
+    assert grown < 3 * 1024  # KiB: one of each request that stays would be 20 KiB at least
