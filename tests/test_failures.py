@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import traceback
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -90,6 +91,16 @@ async def test_an_error_page_takes_no_thread(
         with worker_calls() as calls:
             assert (await client.request("/no/such/path/")).status == 404
         assert calls == []
+
+
+@pytest.mark.gen_test
+async def test_an_error_is_logged_with_its_traceback_where_there_is_no_page_for_it(
+    error_log: list[Any],
+) -> None:
+    async with serving(ROOT_URLCONF="tests.urls") as site:
+        assert (await site.request("/fails-in-view/")).status == 500
+    tb = error_log.pop().exc_info[2]
+    assert "fails_in_view" in [frame.name for frame in traceback.extract_tb(tb)]
 
 
 @pytest.mark.gen_test

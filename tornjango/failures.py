@@ -65,7 +65,8 @@ class _Loader:
 
 
 def _without_frames(exc: BaseException | None) -> None:
-    while exc is not None:
+    # No further: behind them is the exception that the page is for, and its traceback is yet to be logged.
+    while isinstance(exc, TemplateDoesNotExist):
         exc.__traceback__ = None
         exc = exc.__cause__ or exc.__context__
 
