@@ -18,7 +18,7 @@ from tornado.websocket import WebSocketHandler, websocket_connect
 
 from tests.http1_echo import Echo, EchoRequest, echoing
 from tests.serving import until
-from tornjango import http1
+from tornjango import connections
 from tornjango.exchanges import Exchange
 from tornjango.testing import RawClient, Response
 
@@ -317,13 +317,13 @@ async def test_a_client_that_leaves_is_noticed(half: bool) -> None:
 async def test_a_client_that_leaves_behind_pipelined_bytes_is_noticed(
     size: int, reset: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http1, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(connections, "LOOK_SECONDS", 0.05)
     async with echoing(SEND_TIMEOUT=0.2) as site, await site.connect() as client:
         await client.send(b"GET /park" + END)
         await site.echo.parked.wait()
         await client.send(b"POST / HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n" + bytes(size))
         (connection,) = site.server._open
-        await until(lambda: connection._reading_paused is (size > http1.READ_AHEAD))
+        await until(lambda: connection._reading_paused is (size > connections.READ_AHEAD))
         if reset:
             linger = struct.pack("ii", 1, 0)
             sock = client.writer.get_extra_info("socket")
@@ -449,9 +449,9 @@ async def test_nothing_of_a_connection_remains() -> None:
             await until(lambda: not site.server.connections)
             site.echo.requests.clear()
             await asyncio.sleep(0)
-            connections = [o for o in gc.get_objects() if isinstance(o, http1.Connection)]
+            kept = [o for o in gc.get_objects() if isinstance(o, connections.Connection)]
             exchanges = [o for o in gc.get_objects() if isinstance(o, Exchange)]
-            assert not [o for o in connections if o.server is site.server]
+            assert not [o for o in kept if o.server is site.server]
             assert not [o for o in exchanges if o.connection.server is site.server]
         finally:
             gc.enable()

@@ -18,7 +18,7 @@ from tornado.httputil import (
 from tornjango.framing import Head
 
 if TYPE_CHECKING:
-    from tornjango.http1 import Connection, Context
+    from tornjango.connections import Connection, Context
     from tornjango.streams import TransportStream
 
 logger = logging.getLogger("tornjango.http1")
@@ -152,7 +152,10 @@ class Exchange:
         """Ends the answer. Raises ``HTTPOutputError``, and breaks off, when it is shorter than ``Content-Length`` says."""
         if self._is_over():
             return
-        if self._left or not self.begun:
+        if not self.begun:
+            self.close()
+            raise HTTPOutputError(f"The answer to {self.request} ends before it has begun.")
+        if self._left:
             self.close()
             raise HTTPOutputError(f"The answer ends {self._left} bytes before its Content-Length.")
         if self._chunked:
