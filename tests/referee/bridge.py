@@ -127,7 +127,7 @@ def _path(environ: dict[str, Any]) -> str:
 
 
 def _fits(value: object) -> bool:
-    return not any(char in str(value) for char in "\r\n\0")
+    return value is not None and not any(char in str(value) for char in "\r\n\0")
 
 
 def _host(environ: dict[str, Any]) -> str:

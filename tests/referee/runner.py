@@ -116,6 +116,7 @@ class Result(unittest.TextTestResult):
 NOT_AS_ROOT = {
     "file_uploads.tests.DirectoryCreationTests.test_readonly_root",
     "i18n.test_compilation.PoFileTests.test_no_write_access",
+    "template_tests.test_loaders.FileSystemLoaderTests.test_permissions_error",
 }
 
 

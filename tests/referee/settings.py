@@ -1,4 +1,4 @@
-"""For Django's ``runtests.py``. ``__main__`` says by the environment which engine, and where the databases are."""
+"""For Django's ``runtests.py``. ``__main__`` says by the environment which engine or the bridge, and where the databases are."""
 
 from __future__ import annotations
 
@@ -34,12 +34,10 @@ def _postgresql(alias: str) -> dict[str, Any]:
 
 _database = _sqlite if ENGINE.endswith("sqlite") else _postgresql
 _engine = ENGINE.removesuffix("-sqlite")
-if (
-    ENGINE != "bridge"
-):  # in memory there, as Django has them: all threads are given the test's connections
+# In memory for the bridge, as Django has them: all threads are given the test's connections.
+if _engine != "bridge":
     DATABASES = {alias: _database(alias) for alias in ("default", "other")}
-TORNJANGO = (
-    {} if _engine in ("bridge", "django") else {"ENGINES": dict.fromkeys(DATABASES, _engine)}
-)
+_options: dict[str, dict[str, Any]] = {"bridge": {"STATIC": True}, "django": {}}
+TORNJANGO = _options.get(_engine, {"ENGINES": dict.fromkeys(("default", "other"), _engine)})
 _runners = {"bridge": "BridgeRunner", "django": "Runner"}
 TEST_RUNNER = "tests.referee.runner." + _runners.get(_engine, "GreenRunner")
