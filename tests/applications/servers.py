@@ -76,6 +76,7 @@ class Applications:
             "PYTHONPATH": f"{ROOT}{os.pathsep}{self.site}",
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONUNBUFFERED": "1",
+            "PYTHONHASHSEED": "0",  # pages show sets in the order of their hashes
             "APPLICATION_FOLDER": str(folder),
             "APPLICATION_DATABASE": database,
             "APPLICATION_DEBUG": "1" if debug else "0",

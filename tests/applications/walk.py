@@ -16,6 +16,9 @@ HOST = "shop.example"
 #: Transfer-Encoding, by Content-Length, or by the connection's end: Django leaves it to the server when it does not know.
 IGNORED = {"connection", "keep-alive", "transfer-encoding", "date", "server"}
 
+#: What tornjango says and Django does not: that of a file any part may be asked for (RFC 9110, 14.3).
+ADDED = ("accept-ranges", "bytes")
+
 _CLOCK = [
     (re.compile(pattern), word)
     for pattern, word in (
@@ -159,6 +162,8 @@ class Walk:
         headers, our_headers = (
             _headers(a, self._side(a is ours), same, same and framed) for a in (reference, ours)
         )
+        if ADDED not in headers:
+            our_headers = [pair for pair in our_headers if pair != ADDED]
         if headers != our_headers:
             only = [pair for pair in headers if pair not in our_headers]
             our_only = [pair for pair in our_headers if pair not in headers]
