@@ -66,7 +66,11 @@ async def settle(site: Site, client: RawClient) -> None:
     await ended(site)
 
 
-@pytest.mark.parametrize("middleware", [[], MIDDLEWARE], ids=["bare", "django"])
+@pytest.mark.parametrize(
+    "middleware",
+    [[], MIDDLEWARE, [*MIDDLEWARE, "tests.stretch_views.plain"]],
+    ids=["bare", "django", "sync"],
+)
 @pytest.mark.parametrize("name", PATHS)
 @pytest.mark.gen_test
 async def test_a_request_leaves_no_cycle(
@@ -84,10 +88,13 @@ async def test_a_request_leaves_no_cycle(
         assert Counter(type(it).__qualname__ for it in found) == {}
 
 
+@pytest.mark.parametrize("others", [[], ["tests.stretch_views.plain"]], ids=["django", "sync"])
 @pytest.mark.parametrize("path", ["/parks-async/", "/parks/", "/streams/", "/sleeps-in-database/"])
 @pytest.mark.gen_test
-async def test_a_request_whose_client_has_left_leaves_no_cycle(path: str) -> None:
-    async with serving(MIDDLEWARE=MIDDLEWARE) as site:
+async def test_a_request_whose_client_has_left_leaves_no_cycle(
+    path: str, others: list[str]
+) -> None:
+    async with serving(MIDDLEWARE=MIDDLEWARE + others) as site:
 
         async def leave() -> None:
             views.gates["parked"].clear()

@@ -82,6 +82,9 @@ def settle() -> None:
         cancellation.settle()
 
 
+_CANCELLED = object()
+
+
 class _Errand:
     """One call in a worker thread."""
 
@@ -91,9 +94,13 @@ class _Errand:
         self.begun = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.cancellation.begin()
-        self.begun = True
-        return self.fn(*args, **kwargs)
+        try:
+            self.cancellation.begin()
+            self.begun = True
+            return self.fn(*args, **kwargs)
+        except asyncio.CancelledError:
+            # Raised here, it would be an error of a future that asgiref may have forgotten by then.
+            return _CANCELLED
 
     def end(self) -> None:
         if self.begun:
@@ -111,9 +118,12 @@ def in_thread(fn: Callable[..., Any]) -> AsyncFunction:
             return await plain(*args, **kwargs)
         errand = _Errand(fn, cancellation)
         try:
-            return await sync_to_async(errand)(*args, **kwargs)
+            result = await sync_to_async(errand)(*args, **kwargs)
         finally:
             errand.end()
+        if result is _CANCELLED:
+            raise asyncio.CancelledError
+        return result
 
     if hasattr(fn, "__self__"):
         call.__self__ = fn.__self__  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import enum
 import logging
+import traceback
 from typing import TYPE_CHECKING, Any
 
 from django.core import signals
@@ -121,6 +122,8 @@ class DjangoHandler(RequestHandler):
             self._answer_plainly(400, f"Bad request: {exc}")
         except (StreamClosedError, asyncio.CancelledError) as exc:
             self._end_early(exc)
+            # Where a thread had a part in it, frames hold futures, and those this very exception.
+            traceback.clear_frames(exc.__traceback__)
         except Exception:  # noqa: BLE001  not the view's, which Django has answered: the server's last stand
             self._fail()
         finally:
