@@ -84,7 +84,8 @@ def _form(request: Any) -> Looks:
 
 def _file(file: Any) -> list[Any]:
     kind = type(file).__name__
-    return [file.name, kind, file.content_type, file.charset, file.size, file.read()]
+    with file:  # Django forgets it when the form is parsed again, for another encoding
+        return [file.name, kind, file.content_type, file.charset, file.size, file.read()]
 
 
 def _form_way(request: Any) -> Looks:
