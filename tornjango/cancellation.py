@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+import traceback
 from collections.abc import Callable, Coroutine
 from functools import wraps
 from typing import Any, TypeVar
@@ -98,8 +99,10 @@ class _Errand:
             self.cancellation.begin()
             self.begun = True
             return self.fn(*args, **kwargs)
-        except asyncio.CancelledError:
-            # Raised here, it would be an error of a future that asgiref may have forgotten by then.
+        except asyncio.CancelledError as exc:
+            # Its frames hold the future that it is the outcome of. And raised here, it would be the error of another,
+            # which asgiref may have forgotten by then.
+            traceback.clear_frames(exc.__traceback__)
             return _CANCELLED
 
     def end(self) -> None:
