@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Iterable
 from contextlib import aclosing
 from functools import lru_cache
 from http import HTTPStatus
@@ -18,6 +18,7 @@ from tornado.httputil import HTTPHeaders, HTTPServerRequest, ResponseStartLine, 
 from tornado.iostream import StreamClosedError
 
 from tornjango.exchanges import Exchange
+from tornjango.pipes import Pipe
 from tornjango.ranges import Part, Unsatisfiable, wanted
 from tornjango.reading import Reader
 
@@ -156,9 +157,8 @@ class Sending:
             nonlocal begun
             begun = True
             try:
-                for part in response:
-                    self._on_loop(loop, self.write, part)
-                self._on_loop(loop, self._end)
+                self._put_all(response, Pipe(loop, self.write))
+                asyncio.run_coroutine_threadsafe(self._end(), loop).result()
             finally:
                 response.close()
 
@@ -168,16 +168,13 @@ class Sending:
             if not begun:  # no thread had time for it
                 response.close()
 
-    def _on_loop(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        step: Callable[..., Coroutine[Any, Any, None]],
-        *args: Any,
-    ) -> None:
-        """Waits, in a thread, for a step that is taken on the loop, which may have gone when nobody waits any more."""
-        if self._cut.done():
-            raise StreamClosedError
-        asyncio.run_coroutine_threadsafe(step(*args), loop).result()
+    def _put_all(self, parts: Iterable[bytes], pipe: Pipe) -> None:
+        for part in parts:
+            if self._cut.done():  # and the loop may have gone
+                raise StreamClosedError
+            if part:
+                pipe.put(part)
+        pipe.flush()
 
     async def _end(self) -> None:
         self._finish()
