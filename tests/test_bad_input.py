@@ -28,22 +28,11 @@ def with_length(body: bytes, kind: bytes = b"") -> bytes:
 REFUSED: dict[str, tuple[bytes, int, bytes]] = {
     "no HTTP at all": (b"hello\r\n\r\n", 400, b"Malformed"),
     "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, b"NUL"),
-    "line without a version": (b"GET /\r\n" + HOST + b"\r\n", 400, b"Malformed"),
-    "line with a space too many": (b"GET / a HTTP/1.1\r\n" + HOST + b"\r\n", 400, b"Malformed"),
     "HTTP/2 in words": (b"GET / HTTP/2.0\r\n" + HOST + b"\r\n", 505, b"HTTP/1.1"),
-    "version that is none": (b"GET / HTTP/x\r\n" + HOST + b"\r\n", 400, b"Malformed"),
     "method that is none": (b"G(T / HTTP/1.1\r\n" + HOST + b"\r\n", 400, b"Malformed"),
     "null in the target": (b"GET /\x00 HTTP/1.1\r\n" + HOST + b"\r\n", 400, b"NUL"),
-    "null in a header": (GET + HOST + b"A: \x00\r\n\r\n", 400, b"NUL"),
-    "null in a header's name": (GET + HOST + b"A\x00: b\r\n\r\n", 400, b"NUL"),
-    "header without a colon": (GET + HOST + b"A\r\n\r\n", 400, b"Malformed header"),
-    "header without a name": (GET + HOST + b": a\r\n\r\n", 400, b"Malformed header"),
-    "space before a colon": (GET + HOST + b"A : b\r\n\r\n", 400, b"Malformed header"),
-    "folded header": (GET + HOST + b"A: b\r\n c\r\n\r\n", 400, b"Malformed header"),
     "line longer than allowed": (b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n", 431, b"65536"),
-    "headers longer than allowed": (GET + HOST + b"A: b\r\n" * 20000, 431, b"65536"),
     "header longer than allowed": (GET + HOST + b"A: " + b"b" * MIB, 431, b"65536"),
-    "long header, and its end": (GET + HOST + b"A: " + b"b" * 70000 + b"\r\n\r\n", 431, b"65536"),
     "no host": (GET + b"\r\n", 400, b"Missing Host"),
     "two hosts": (GET + HOST + HOST + b"\r\n", 400, b"Multiple Host"),
     "host with a bad port": (GET + b"Host: a:b\r\n\r\n", 400, b"Invalid Host"),
@@ -56,13 +45,6 @@ REFUSED: dict[str, tuple[bytes, int, bytes]] = {
         b"target",
     ),
     "negative length": (POST + b"Content-Length: -1\r\n\r\n", 400, b"Content-Length"),
-    "length that is none": (POST + b"Content-Length: many\r\n\r\n", 400, b"Content-Length"),
-    "length with a sign": (POST + b"Content-Length: +3\r\n\r\nabc", 400, b"Content-Length"),
-    "length of 5,000 digits": (
-        POST + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n",
-        400,
-        b"Content-Length",
-    ),
     "huge length": (POST + b"Content-Length: 99999999999\r\n\r\n", 413, b"larger than"),
     "two lengths": (
         POST + b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd",
@@ -75,20 +57,8 @@ REFUSED: dict[str, tuple[bytes, int, bytes]] = {
         b"both",
     ),
     "unknown encoding": (POST + b"Transfer-Encoding: gzip\r\n\r\n", 400, b"Transfer-Encoding"),
-    "encoding twice": (POST + b"Transfer-Encoding: chunked, chunked\r\n\r\n", 400, b"Transfer"),
     "chunk without a size": (POST + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n", 400, b"chunk"),
-    "chunk of negative size": (POST + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n", 400, b"chunk"),
-    "chunk with a long size": (
-        POST + b"Transfer-Encoding: chunked\r\n\r\n" + b"0" * 200,
-        400,
-        b"chunk",
-    ),
     "chunk without its end": (POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\nabc", 400, b"chunk"),
-    "chunks without their end": (
-        POST + b"Transfer-Encoding: chunked\r\n\r\n0\r\nab\r\n",
-        400,
-        b"chunk",
-    ),
     "body larger than Django takes": (with_length(b"a=" + b"b" * 3 * MIB, FORM), 400, b""),
     "too many fields": (with_length(b"&".join([b"a=1"] * 1100), FORM), 400, b""),
     "too many fields in the query": (
@@ -327,7 +297,7 @@ bad = st.one_of(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(bad, min_size=40, max_size=40))
 @pytest.mark.slow
 def test_whatever_bytes_come_the_server_answers_or_closes(io_loop: Any, sent: list[bytes]) -> None:

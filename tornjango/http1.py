@@ -12,19 +12,13 @@ from collections.abc import Callable
 
 from tornado.httputil import HTTPServerConnectionDelegate, RequestStartLine
 
+from tornjango.acceptor import Acceptor
 from tornjango.conf import Config
 from tornjango.connections import LINGER_SECONDS, Connection, Context
-from tornjango.sockets import backlog
 from tornjango.timers import Wheel
 
 #: Connections beyond MAX_CONNECTIONS that are told so; the next ones are dropped without a word.
 TURNED_AWAY = 1000
-
-#: Rounds of the loop between accepting a connection and knowing of it.
-ACCEPTING_ROUNDS = 4
-
-#: After how long the system asks whether a client is still there that sends nothing, in seconds.
-_QUIET_SECONDS = 60
 
 #: Told of the connection, the request line where it could be read, the status, and the size of what was sent.
 Refused = Callable[[Context, RequestStartLine | None, int, int], None]
@@ -49,7 +43,7 @@ class HTTP1Server:
         self.written: asyncio.Future[None] = self.loop.create_future()
         self.written.set_result(None)
         self.wheel = Wheel(_tick(config))
-        self._servers: list[asyncio.Server] = []
+        self._acceptors: list[Acceptor] = []
         self._open: set[Connection] = set()
         self._emptied: asyncio.Future[None] | None = None
 
@@ -60,37 +54,20 @@ class HTTP1Server:
 
     async def start(self, sockets: list[socket.socket], ssl: ssl.SSLContext | None = None) -> None:
         """Accepts on these sockets, which are closed by `stop`; over TLS if there is a context for it."""
+        acceptor = Acceptor(lambda: Connection(self), ssl, self.config.HEADER_TIMEOUT)
+        self._acceptors.append(acceptor)
         for listening in sockets:
-            _keep_alive(listening)
-            server = await self.loop.create_server(
-                lambda: Connection(self),
-                sock=listening,
-                ssl=ssl,
-                ssl_handshake_timeout=self.config.HEADER_TIMEOUT if ssl else None,
-                ssl_shutdown_timeout=LINGER_SECONDS if ssl else None,
-                backlog=backlog(),
-            )
-            self._servers.append(server)
+            acceptor.open(listening)
 
     async def stop(self, *, keep_idle: bool = False) -> None:
         """Accepts no more. Idle connections are closed, or (with ``keep_idle``) kept for one more request; the others
         are closed behind the answer that is being given."""
         self.stopping, self.turns_away = True, not keep_idle
-        await self._finish_accepting()
-        for server in self._servers:
-            server.close()
-        self._servers.clear()
+        while self._acceptors:
+            await self._acceptors.pop().close()
         if not keep_idle:
             for connection in list(self._open):
                 connection.stop()
-
-    async def _finish_accepting(self) -> None:
-        """What asyncio has accepted becomes a connection a few rounds of the loop later, unless its server is closed."""
-        for server in self._servers:
-            for listening in server.sockets:
-                self.loop.remove_reader(listening.fileno())
-        for _ in range(ACCEPTING_ROUNDS):
-            await asyncio.sleep(0)
 
     async def close_all_connections(self) -> None:
         """Returns when all are closed: a client has ``LINGER_SECONDS`` to take what was sent to it already."""
@@ -120,14 +97,6 @@ class HTTP1Server:
         self.wheel.drop(connection)
         if not self._open and self._emptied is not None and not self._emptied.done():
             self._emptied.set_result(None)
-
-
-def _keep_alive(listening: socket.socket) -> None:
-    """A client that has lost its network sends nothing; its connections inherit that the system asks for it."""
-    if listening.family != socket.AF_UNIX:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if hasattr(socket, "TCP_KEEPIDLE"):
-            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _QUIET_SECONDS)
 
 
 def _tick(config: Config) -> float:
