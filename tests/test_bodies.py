@@ -14,7 +14,7 @@ import django
 import pytest
 
 from tests import views
-from tests.serving import Site, reached, serving, until
+from tests.serving import Site, reached, serving
 from tests.test_requests import multipart
 from tornjango.bodies import Body
 
@@ -167,11 +167,18 @@ async def test_a_client_that_leaves_while_its_body_is_written_leaves_nothing(
                 b"POST /body/ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n" + bytes(9)
             )
             await reached(writing)
-        await until(lambda: not site.application.arriving)
+            (arrival,) = site.application.arriving
+        async with (
+            await site.connect() as client
+        ):  # by when the server knows that the first has left
+            await client.request("/body/")
         (body,) = bodies
         assert body._file is None
         go.set()
-        await until(lambda: body._file is not None and body._file.closed)
+        await arrival
+        assert body._file is not None
+        assert body._file.closed
+        assert not site.application.arriving
     assert not site.application.in_flight
 
 

@@ -127,12 +127,13 @@ class BodyReceiver(HTTPMessageDelegate):
     def on_connection_close(self) -> None:
         if self._writing is None or self._writing.done():
             self.body.close()
+            self._end_arrival()
         else:  # not under the thread that writes
             self._writing.add_done_callback(self._close_written)
-        self._end_arrival()
 
     def _close_written(self, writing: asyncio.Future[None]) -> None:
         self.body.close()
+        self._end_arrival()
         if not writing.cancelled() and (error := writing.exception()) is not None:
             logger.info("A body that nobody waits for was not written: %s", error)
 
