@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from asgiref.sync import iscoroutinefunction
 from django.conf import settings
+from django.contrib.auth.middleware import RemoteUserMiddleware
 from django.contrib.auth.models import User
 from django.http import HttpRequest, HttpResponse
 from django.middleware.common import CommonMiddleware
@@ -253,6 +254,35 @@ async def test_arender_shows_the_user_who_is_logged_in(fetch: Any, database: Non
     for path in ("/user/", "/user-async/"):
         assert (await fetch(path, headers={"Cookie": cookie})).body == b"user: ann"
         assert (await fetch(path)).body == b"user: "
+
+
+class ByHeader(RemoteUserMiddleware):
+    header = "HTTP_X_USER"
+
+
+REMOTE = [
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+]
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize(
+    ("middleware", "user"),
+    [
+        ([*REMOTE, "django.contrib.auth.middleware.RemoteUserMiddleware"], b"user: "),
+        ([*REMOTE, here("ByHeader")], b"user: eve"),
+    ],
+    indirect=["middleware"],
+    ids=["REMOTE_USER", "a header of the project's choice"],
+)
+async def test_the_remote_user_comes_from_meta_and_from_no_other_header(
+    fetch: Any, database: None, user: bytes
+) -> None:
+    headers = {"Remote-User": "mallory", "Http-X-User": "mallory", "X-User": "eve"}
+    backend = "django.contrib.auth.backends.RemoteUserBackend"
+    with override_settings(AUTHENTICATION_BACKENDS=[backend]):
+        assert (await fetch("/user/", headers=headers)).body == user
 
 
 class Members(CommonMiddleware):

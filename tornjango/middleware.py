@@ -12,6 +12,7 @@ one stretch, in one thread (``tornjango.stretches``). ``LOOP_MIDDLEWARE`` names 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -156,6 +157,8 @@ def is_sync_inside(middleware: Any) -> bool:
 
     What such a hook keeps in a ``threading.local`` is meant for the view, and for the hooks to come.
     """
+    if _believes_headers(middleware):
+        return True
     if not isinstance(middleware, type) or not issubclass(middleware, MiddlewareMixin):
         return False
     if middleware.__module__.startswith("django."):
@@ -167,6 +170,16 @@ def is_sync_inside(middleware: Any) -> bool:
         return not iscoroutinefunction(own_call)
     hooks = (getattr(middleware, name, None) for name in ("process_request", "process_view"))
     return any(hook is not None and not iscoroutinefunction(hook) for hook in hooks)
+
+
+def _believes_headers(middleware: Any) -> bool:
+    """Whether it is ``RemoteUserMiddleware`` of Django 5.2, for which the header ``Remote-User``, which anybody can send, is
+    ``REMOTE_USER`` where it is async; sync, it asks ``META`` for what its ``header`` says."""
+    # It cannot be imported where its app is not installed.
+    module = sys.modules.get("django.contrib.auth.middleware")
+    if module is None or hasattr(module.RemoteUserMiddleware, "get_username"):
+        return False
+    return isinstance(middleware, type) and issubclass(middleware, module.RemoteUserMiddleware)
 
 
 def put_on_loop(middleware: Any) -> Any:
