@@ -40,7 +40,17 @@ def main() -> int:
 
 
 def _with_default(arguments: list[str]) -> list[str]:
-    named = {"compare", "queries", "parked", "download", "routing", "soak", "profile", "-h", "--help"}
+    named = {
+        "compare",
+        "queries",
+        "parked",
+        "download",
+        "routing",
+        "soak",
+        "profile",
+        "-h",
+        "--help",
+    }
     return arguments if arguments and arguments[0] in named else ["compare", *arguments]
 
 
