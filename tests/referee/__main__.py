@@ -51,15 +51,17 @@ QUICK = """
 
 #: All that is about requests and responses, for the bridge.
 REQUESTS = """
-    admin_scripts admin_views asgi async auth_tests conditional_processing csrf_tests file_uploads generic_views
+    admin_scripts.tests.ManageRunserver admin_scripts.tests.ManageRunserverEmptyAllowedHosts
+    admin_scripts.tests.ManageRunserverHelpOutput admin_scripts.tests.ManageRunserverMigrationWarning
+    admin_scripts.tests.ManageTestserver admin_views asgi async auth_tests conditional_processing csrf_tests file_uploads generic_views
     handlers httpwrappers i18n logging_tests messages_tests middleware middleware_exceptions requests_tests
     resolve_url responses servers sessions_tests signals sitemaps_tests staticfiles_tests syndication_tests
     template_backends template_tests test_client test_client_regress urlpatterns urlpatterns_reverse view_tests
 """.split()  # noqa: SIM905 - easier to read, and to add to
 
 QUICK_REQUESTS = """
-    asgi conditional_processing csrf_tests file_uploads handlers messages_tests middleware middleware_exceptions
-    requests_tests servers sessions_tests test_client test_client_regress urlpatterns view_tests
+    conditional_processing csrf_tests file_uploads handlers messages_tests middleware middleware_exceptions
+    requests_tests resolve_url servers test_client test_client_regress urlpatterns
 """.split()  # noqa: SIM905 - easier to read, and to add to
 
 #: For one module, in seconds. The longest takes about a minute on a slow machine.

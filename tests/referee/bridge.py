@@ -22,13 +22,13 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import IO, Any, ClassVar
 from unittest import mock
 from urllib.parse import quote
 
 from django.conf import settings
 from django.contrib.staticfiles.handlers import StaticFilesHandler
-from django.contrib.staticfiles.management.commands import runserver as staticfiles_runserver
 from django.core.handlers.asgi import ASGIRequest
 from django.core.handlers.wsgi import WSGIRequest
 from django.core.management.commands import runserver
@@ -37,7 +37,7 @@ from django.db import connections
 from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
 from django.test import client as test_client
-from django.test import testcases
+from django.test import override_settings, testcases
 from django.urls import base as urls
 from django.utils import timezone
 from django.utils.translation import trans_real
@@ -123,7 +123,7 @@ def _path(environ: dict[str, Any]) -> str:
     path: str = environ["PATH_INFO"]
     # As browsers ask for it.
     prefix: str = environ.get("SCRIPT_NAME", "")
-    return prefix + (path if path.startswith("/") else f"/{path}")
+    return prefix.rstrip("/") + (path if path.startswith("/") else f"/{path}")
 
 
 def _fits(value: object) -> bool:
@@ -266,8 +266,8 @@ class Bridge:
             return contextlib.nullcontext()
         return mock.patch.object(settings, "FORCE_SCRIPT_NAME", name)
 
-    def _setting_changed(self, **kwargs: object) -> None:
-        self._stale = True
+    def _setting_changed(self, *, setting: str, **kwargs: object) -> None:
+        self._stale = self._stale or setting != "TORNJANGO"
 
     # The server
 
@@ -300,7 +300,9 @@ class Bridge:
         self._connections = {}
 
     def _application(self, static: bool | None = False) -> Application:
-        application = Application(staticfiles=static)
+        # Of STATIC_ROOT, as Django's live server serves it without being told.
+        with override_settings(TORNJANGO={"STATIC": static is None}):
+            application = Application(staticfiles=static)
         answer = application.chain.get_response_async
 
         async def get_response_async(request: Any) -> HttpResponseBase:
@@ -308,6 +310,7 @@ class Bridge:
             _take(self._connections)
             await green.run(_take, self._connections)  # asgiref keeps others there
             if call is None:  # the live server's
+                self.requests[request.method] += 1
                 return await answer(request)
             _set_state(call.state)
             call.arrived(request)
@@ -483,22 +486,27 @@ class LiveServerThread(testcases.LiveServerThread):
     bridge: ClassVar[Bridge]
 
     def run(self) -> None:
-        # None: what is collected in STATIC_ROOT, if anything is.
-        static = True if issubclass(self.static_handler, StaticFilesHandler) else None
+        static = self._static()
         server = self.bridge.live(self.host, self.port, static, self.connections_override or {})
-        self._stop = threading.Event()
+        self._ended = threading.Event()
         try:
             with server as served:
                 self.port = served.port
                 self.is_ready.set()
-                self._stop.wait()
+                self._ended.wait()
         except Exception as exc:  # noqa: BLE001  raised where the server is waited for
             self.error = exc  # type: ignore[assignment]
         finally:
             self.is_ready.set()
 
+    def _static(self) -> bool | None:
+        """Those of apps; or, by None, those in STATIC_ROOT, if it is there."""
+        if issubclass(self.static_handler, StaticFilesHandler):
+            return True
+        return None if Path(settings.STATIC_ROOT or "").is_dir() else False
+
     def terminate(self) -> None:
-        self._stop.set()
+        self._ended.set()
         self.join()
 
 
@@ -516,10 +524,8 @@ class _OnAddress(testing.LiveServer):
 
 @contextmanager
 def runserver_of_tornjango() -> Iterator[None]:
-    """For the tests that take the command from its module, as they are imported."""
+    """For tests of the command, which take it from its module when they are imported."""
     from tornjango.management.commands.runserver import Command
 
-    with ExitStack() as stack:
-        for module in (runserver, staticfiles_runserver):
-            stack.enter_context(mock.patch.object(module, "Command", Command))
+    with mock.patch.object(runserver, "Command", Command):
         yield

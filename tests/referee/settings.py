@@ -37,7 +37,8 @@ _engine = ENGINE.removesuffix("-sqlite")
 # In memory for the bridge, as Django has them: all threads are given the test's connections.
 if _engine != "bridge":
     DATABASES = {alias: _database(alias) for alias in ("default", "other")}
-_options: dict[str, dict[str, Any]] = {"bridge": {"STATIC": True}, "django": {}}
-TORNJANGO = _options.get(_engine, {"ENGINES": dict.fromkeys(("default", "other"), _engine)})
+TORNJANGO = {"ENGINES": dict.fromkeys(DATABASES, _engine)}
+if _engine in ("bridge", "django"):
+    TORNJANGO.clear()
 _runners = {"bridge": "BridgeRunner", "django": "Runner"}
 TEST_RUNNER = "tests.referee.runner." + _runners.get(_engine, "GreenRunner")
