@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,6 +11,12 @@ from tornjango.checks import check_app_order, check_settings, run
 from tornjango.comet import channels
 
 STATIC = "django.contrib.staticfiles"
+
+
+@pytest.fixture(autouse=True)
+def _no_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of other modules of tests are none of these projects'."""
+    monkeypatch.setattr(channels, "_declared", {})
 
 
 def test_the_settings_of_the_tests_are_right() -> None:
@@ -63,25 +67,13 @@ def _ids(**options: Any) -> list[str | None]:
 def test_channels_in_the_memory_of_one_of_several_workers_are_an_error(
     workers: int, found: list[str]
 ) -> None:
-    assert "live:<int:pk>" not in channels.patterns()
     assert _ids(WORKERS=workers) == []
-    with declared("live:<int:pk>"):
-        assert _ids(WORKERS=workers) == found
 
-
-@contextmanager
-def declared(pattern: str) -> Iterator[None]:
-    before = dict(channels._declared)
-
+    @channels.channel("live:<int:pk>")
     async def anyone(request: HttpRequest, pk: int) -> bool:
         return True
 
-    channels.channel(pattern)(anyone)
-    try:
-        yield
-    finally:
-        channels._declared.clear()
-        channels._declared.update(before)
+    assert _ids(WORKERS=workers) == found
 
 
 def test_static_files_from_nowhere_are_an_error() -> None:
