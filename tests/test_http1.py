@@ -619,6 +619,19 @@ async def test_a_web_socket_hears_that_its_client_left(tls: ssl.SSLContext | Non
 
 
 @pytest.mark.gen_test
+async def test_a_web_socket_that_opens_while_the_server_stops_opens() -> None:
+    async with echoing(native()) as site, await connected(site.port, None) as client:
+        await client.send(b"GET / HTTP/1.1\r\n" + HOST + b"\r\n")
+        await client.response()
+        site.server.stopping = True
+        await client.send(
+            b"GET /same HTTP/1.1\r\n" + HOST + b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: x3JJHMbDL1EzLkh9GBhXDw==\r\n\r\n"
+        )
+        assert (await client.response()).all("Connection") == ["Upgrade"]
+
+
+@pytest.mark.gen_test
 async def test_a_handler_can_take_the_connection(tls: ssl.SSLContext | None) -> None:
     async with echoing(native(), tls) as site, await connected(site.port, tls) as client:
         await client.send(b"GET /takes" + END + b"one")

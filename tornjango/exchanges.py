@@ -128,7 +128,8 @@ class Exchange:
         if self.begun:
             raise RuntimeError(f"The answer to {self.request} has begun already.")
         self._frame(start_line.code, headers)
-        self._settle_connection(headers)
+        if start_line.code != 101:  # its Connection says that the protocol changes
+            self._settle_connection(headers)
         head = _head(start_line, headers)
         content = self._framed(chunk) if chunk else b""
         self.begun = True
