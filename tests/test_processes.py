@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import HTTPError
 
+import psutil
 import pytest
 
 from tests.load import Load
@@ -277,6 +278,20 @@ def test_a_stop_while_workers_start_is_heard(project: Project) -> None:
         server.signal(signal.SIGTERM)
         assert server.wait() == 0
     assert "Traceback" not in "".join(server.lines)
+
+
+def test_workers_that_are_stopped_while_they_start_are_not_taken_for_broken(
+    project: Project,
+) -> None:
+    """As when a whole group is stopped, and they hear of it before their master."""
+    project.write("urls.py", "import time\ntime.sleep(1)\n" + URLS)
+    with project.running(*SERVE, "--workers", "1") as server:
+        server.wait_for("Starting 1 workers")
+        (worker,) = psutil.Process(server.process.pid).children()
+        worker.terminate()
+        server.wait_for("Worker 1 starts again in")
+        os.kill(server.process.pid, signal.SIGTERM)
+        assert server.wait() == 0
 
 
 def test_workers_need_a_command_line_of_their_own(project: Project) -> None:

@@ -192,7 +192,12 @@ def project(tmp_path: Path, postgres: Postgres) -> Path:
 
 
 def run(folder: Path, *arguments: str) -> str:
-    environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "settings", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "DJANGO_SETTINGS_MODULE": "settings",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",  # what it says, in the order in which it says it
+    }
     command = [sys.executable, "-W", "error", *arguments]
     result = subprocess.run(
         command,

@@ -34,6 +34,9 @@ FIRST_DELAY, LONGEST_DELAY = 0.2, 30.0
 #: What a worker needs beyond its time for requests in flight, before it is killed.
 KILL_AFTER = 3.0
 
+#: How a worker ends that was told to. Who stops a whole group of processes may reach it before this one.
+ENDED_BY_ORDER = (0, -signal.SIGTERM)
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGCHLD)
 
 logger = logging.getLogger("tornjango.supervisor")
@@ -247,9 +250,9 @@ class Supervisor:
     def ended(self, worker: Worker, code: int) -> None:
         how = _how(code)
         if worker.state is State.LEAVING or self.stopping:
-            log = logger.info if code in (0, -signal.SIGTERM) else logger.warning
+            log = logger.info if code in ENDED_BY_ORDER else logger.warning
             log("%s %s", worker, how)
-        elif not self._ever_ready:
+        elif not self._ever_ready and code not in ENDED_BY_ORDER:
             logger.error("%s %s before it served: giving up", worker, how)
             self.code = 1
             self.stop()
