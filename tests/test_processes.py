@@ -5,6 +5,7 @@ import http.client
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -287,8 +288,10 @@ def test_workers_that_are_stopped_while_they_start_are_not_taken_for_broken(
     project.write("urls.py", "import time\ntime.sleep(1)\n" + URLS)
     with project.running(*SERVE, "--workers", "1") as server:
         server.wait_for("Starting 1 workers")
-        (worker,) = psutil.Process(server.process.pid).children()
-        worker.terminate()
+        master = psutil.Process(server.process.pid)
+        while not (workers := master.children()):  # nothing tells of it
+            time.sleep(0.01)
+        workers[0].terminate()
         server.wait_for("Worker 1 starts again in")
         os.kill(server.process.pid, signal.SIGTERM)
         assert server.wait() == 0
