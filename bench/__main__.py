@@ -248,6 +248,9 @@ def place(options: argparse.Namespace) -> Iterator[tuple[Place, str]]:
         tempfile.TemporaryDirectory(prefix="bench-") as folder,
         Postgres(_open_to_all(folder), tcp=False) as postgres,
     ):
+        # Every server of a run, with each middleware, keeps its pool.
+        postgres.psql("alter system set max_connections = 400")
+        postgres.restart()
         postgres.create_database("bench")
         env = {
             "BENCH_DB_HOST": str(postgres.socket),
