@@ -62,7 +62,7 @@ TEMPLATES = [
     }
 ]
 
-# Django's own pool, for the peers: tornjango has its own.
+# Django's own pool, for the peers: tornjango has its own. Its worker threads, like a project's, keep their connections.
 POOL = {"pool": {"min_size": CONNECTIONS, "max_size": CONNECTIONS}}
 DATABASES = {
     "default": {
@@ -72,6 +72,7 @@ DATABASES = {
         "HOST": os.environ.get("BENCH_DB_HOST", ""),
         "PORT": os.environ.get("BENCH_DB_PORT", ""),
         "OPTIONS": POOL if PSYCOPG3 and not TORNADO else {},
+        "CONN_MAX_AGE": None if TORNADO else 0,  # Django's pool allows no other
     }
 }
 
