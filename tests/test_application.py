@@ -6,6 +6,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from django.core.signals import request_finished, request_started
 from django.http import Http404
 from django.test import override_settings
 from django.urls.converters import IntConverter
@@ -122,3 +123,12 @@ def test_an_application_opens_the_pools_and_closes_them(io_loop: Any) -> None:
     assert pools.status()
     io_loop.run_sync(application.close)
     assert not pools.status()
+
+
+def test_an_application_that_cannot_be_made_leaves_nothing_behind() -> None:
+    wrong = {"LOOP_MIDDLEWARE": ["not.in.MIDDLEWARE"]}
+    before = [list(signal.receivers) for signal in (request_started, request_finished)]
+    with override_settings(TORNJANGO=wrong), pytest.raises(ConfigurationError):
+        tornjango.Application()
+    after = [signal.receivers for signal in (request_started, request_finished)]
+    assert [len(receivers) for receivers in after] == [len(receivers) for receivers in before]

@@ -89,6 +89,14 @@ class Application(TornadoApplication):
         #: What Tornado handlers of the project's own are doing; for a WebSocket, as long as it is open.
         self.native: dict[asyncio.Future[None], RequestHandler] = {}
         self.workers = Workers(config.THREADS, config.THREADS_QUEUE)
+        try:
+            self._load(staticfiles, config)
+        except BaseException:
+            self.workers.close()
+            raise
+
+    def _load(self, staticfiles: bool | None, config: Config) -> None:
+        """What is made of the project: all that may be wrong in it shows here."""
         self.static = _static_files(staticfiles, config)
         self.media = Media()
         self.routes = Routes()

@@ -217,7 +217,7 @@ class Pool(momoko.Pool):  # type: ignore[misc]
 
     def _take_back(self, future: asyncio.Future[Connection]) -> None:
         """For a `getconn` that nobody waits for any more."""
-        if future.exception() is None:
+        if future.exception() is None and not self.closed:  # closing takes all of them
             self.putconn(future.result())
 
     def _new_connection(self) -> Any:
