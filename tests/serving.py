@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
+from django.core.signals import request_finished, request_started
 from django.test import override_settings
 
 from tests import http_views, views
@@ -59,3 +60,23 @@ async def until(condition: Callable[[], object]) -> None:
     """Lets the loop go round until something holds of which nothing tells."""
     while not condition():  # noqa: ASYNC110
         await asyncio.sleep(0)
+
+
+@contextmanager
+def signals_seen() -> Iterator[list[str]]:
+    """The names of the request signals, as somebody else's receivers see them."""
+    names: list[str] = []
+
+    def started(**kwargs: Any) -> None:
+        names.append("started")
+
+    def finished(**kwargs: Any) -> None:
+        names.append("finished")
+
+    request_started.connect(started)
+    request_finished.connect(finished)
+    try:
+        yield names
+    finally:
+        request_started.disconnect(started)
+        request_finished.disconnect(finished)

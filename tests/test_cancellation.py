@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from django.core.signals import request_finished, request_started
 from django.http import HttpRequest, HttpResponse
 from django.test import RequestFactory
 from django.urls import path
@@ -15,7 +14,7 @@ from django.utils.decorators import method_decorator
 from django.views import View
 
 from tests.http_views import thread_gates
-from tests.serving import Site, reached, serving, until
+from tests.serving import Site, reached, serving, signals_seen, until
 from tests.views import gates, seen
 from tornjango import DeferredResponse
 from tornjango.views import Kind, cancel_on_disconnect, kind_of
@@ -116,25 +115,6 @@ async def left(where: str, **settings: Any) -> AsyncIterator[Site]:
         thread_gates["go"].set()
         await until(lambda: not site.application.in_flight)
         assert (await site.request("/by-setting/")).status == 200
-
-
-@contextmanager
-def signals_seen() -> Iterator[list[str]]:
-    names: list[str] = []
-
-    def started(**kwargs: Any) -> None:
-        names.append("started")
-
-    def finished(**kwargs: Any) -> None:
-        names.append("finished")
-
-    request_started.connect(started)
-    request_finished.connect(finished)
-    try:
-        yield names
-    finally:
-        request_started.disconnect(started)
-        request_finished.disconnect(finished)
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,15 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from django.core.signals import request_finished, request_started
+from django.core.signals import request_finished
 from django.test import override_settings
 
 from tests import http_views, views
-from tests.serving import reached, serving
+from tests.serving import reached, serving, signals_seen
 from tornjango.handlers import DjangoHandler
 from tornjango.requests import TornadoRequest
 from tornjango.testing import RawClient
@@ -344,24 +342,6 @@ async def test_a_fault_outside_of_django_is_answered_500_once(
 
 
 # Signals
-
-
-@contextmanager
-def signals_seen() -> Iterator[list[str]]:
-    """The names of the request signals, as somebody else's receivers see them."""
-    names: list[str] = []
-
-    def started(**kwargs: Any) -> None:
-        names.append("started")
-
-    def finished(**kwargs: Any) -> None:
-        names.append("finished")
-
-    request_started.connect(started)
-    request_finished.connect(finished)
-    yield names
-    request_started.disconnect(started)
-    request_finished.disconnect(finished)
 
 
 @pytest.mark.parametrize("cut", [DjangoHandler.on_connection_close, DjangoHandler.stop])

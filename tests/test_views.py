@@ -26,6 +26,7 @@ from tests.database import Watcher, until
 from tests.postgres import Postgres
 from tests.serving import serving
 from tests.threads import worker_calls
+from tornjango.green import runs_green
 from tornjango.views import (
     Kind,
     adapt,
@@ -33,7 +34,6 @@ from tornjango.views import (
     green,
     kind_of,
     methods_of,
-    runs_green,
     threaded,
     view_name,
 )

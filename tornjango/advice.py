@@ -21,9 +21,10 @@ from django.utils.module_loading import import_string
 from tornjango import blocking, templates
 from tornjango.conf import Config
 from tornjango.db import pools
+from tornjango.green import runs_green
 from tornjango.middleware import is_sync_inside
 from tornjango.routing import Route, Routes
-from tornjango.views import Kind, kind_of, methods_of, runs_green, view_name
+from tornjango.views import Kind, kind_of, methods_of, view_name
 
 #: What PostgreSQL allows at one time, unless its ``max_connections`` says otherwise.
 MAX_CONNECTIONS = 100

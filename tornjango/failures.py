@@ -109,7 +109,7 @@ def _get_failure_view() -> Page:
 
 
 def _where_it_runs(page: Page, default: Page) -> Page:
-    if not green.active() or is_djangos(page) or green.is_chosen(page):
+    if not green.active() or is_djangos(page) or green.runs_green(page):
         return page
     return functools.partial(_in_thread, page, default)
 

@@ -298,7 +298,7 @@ def handling(exc: BaseException, fn: Callable[P, T], /, *args: P.args, **kwargs:
         del exc, traceback
 
 
-def is_chosen(view: Callable[..., Any]) -> bool:
+def runs_green(view: Callable[..., Any]) -> bool:
     """Whether the project has a sync view run green: by a decorator of ``tornjango.views``, or for all of them."""
     view = view.func if isinstance(view, partial) else view
     mode: str = getattr(view, "_sync_mode", None) or get_config().SYNC_VIEWS

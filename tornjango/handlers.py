@@ -115,9 +115,8 @@ class DjangoHandler(RequestHandler):
         except Overloaded as exc:
             logger.warning("%s is answered 503: %s", self._line(), exc)
             self._answer_plainly(503, "The server is busy. Please try again in a moment.")
-        except (
-            BadRequest
-        ) as exc:  # of a request that could not be made; a view's is Django's to answer
+        except BadRequest as exc:
+            # Of a request that could not be made; a view's is Django's to answer.
             logger.warning("%s is answered 400: %s", self._line(), exc)
             self._answer_plainly(400, f"Bad request: {exc}")
         except (StreamClosedError, asyncio.CancelledError) as exc:
@@ -177,9 +176,8 @@ class DjangoHandler(RequestHandler):
         if not self._started:
             return
         if not only_django_listens(signals.request_finished):
-            with contextlib.suppress(
-                Overloaded
-            ):  # better a moment of the loop's time than not at all
+            # Better a moment of the loop's time than not at all.
+            with contextlib.suppress(Overloaded):
                 await signals.request_finished.asend(sender=type(self))
                 return
         signals.request_finished.send(sender=type(self))

@@ -26,7 +26,7 @@ from tornjango.conf import get_config
 from tornjango.db.atomic import shared_atomic
 from tornjango.exceptions import Overloaded
 from tornjango.failures import busy
-from tornjango.green import adopt, is_chosen
+from tornjango.green import adopt, runs_green
 from tornjango.green import run as run_green
 from tornjango.responses import DeferredResponse
 
@@ -119,10 +119,6 @@ def _with_sync_mode(view: SyncView, mode: str) -> SyncView:
 
     marked._sync_mode = mode  # type: ignore[attr-defined]
     return cast(SyncView, marked)
-
-
-#: Whether a view runs on the loop where it is sync.
-runs_green = is_chosen
 
 
 def cancel_on_disconnect(cancel: bool) -> Callable[[V], V]:

@@ -7,8 +7,9 @@ from typing import Any
 
 from django.core.management.base import BaseCommand
 
+from tornjango.green import runs_green
 from tornjango.routing import Route, Routes
-from tornjango.views import Kind, kind_of, methods_of, runs_green, view_name
+from tornjango.views import Kind, kind_of, methods_of, view_name
 
 HEADINGS = ("Pattern", "Name", "View", "Kind")
 
