@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 from asgiref.sync import async_to_sync, sync_to_async
 from django.core.signals import request_finished, request_started
 from django.db import connection, transaction
+from greenlet import getcurrent
 
+from tests.serving import until
 from tornjango.exceptions import Overloaded
 from tornjango.workers import PER_REQUEST, Workers
 
@@ -122,3 +125,14 @@ def test_what_django_does_per_request_is_taken_over_and_given_back() -> None:
     first.close()
     first.close()
     assert all(connected())
+
+
+@pytest.mark.gen_test
+async def test_a_thread_that_ends_leaves_no_greenlet_behind(workers: Workers) -> None:
+    """Whoever finds one searches everything that the process holds, on the loop's thread, for who may still need it."""
+    workers.enter()
+    found = await sync_to_async(lambda: weakref.ref(getcurrent().parent))()
+    assert found() is not None
+    workers.close()
+    # What is left of a thread is cleared away by the main thread, between two steps.
+    await until(lambda: found() is None)

@@ -178,6 +178,10 @@ class Worker(threading.Thread):
         self.greenlet = getcurrent()
         while not self._pool.is_done(self) and self._step():
             pass
+        # A greenlet that waits in a thread that is gone can never end, and whoever finds it has to search all there is.
+        if self._spare is not None:
+            self._spare.throw()
+        del self._spare, self.greenlet
 
     def _step(self) -> bool:
         """One call, or the next part of a parked one; False when the interpreter exits."""
