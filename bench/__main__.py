@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench import compare, download, environment, parked, profiling, queries, routing, soak
+from bench import compare, download, environment, parked, profiling, queries, reload, routing, soak
 from bench.servers import BARE, PEERS, PSYCOPG, ROOT, BenchError, Environment, Peer, Place
 from tests.postgres import Postgres, PostgresError
 
@@ -45,6 +45,7 @@ def _with_default(arguments: list[str]) -> list[str]:
         "queries",
         "parked",
         "download",
+        "reload",
         "routing",
         "soak",
         "profile",
@@ -104,6 +105,14 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print the figures as JSON")
     command.add_argument("patterns", type=count, nargs="?", default=10_000, help="(10,000)")
     command.set_defaults(run=run_routing)
+
+    command = commands.add_parser("reload", help="serving changed code, beside open streams")
+    command.add_argument("--json", action="store_true", help="print the figures as JSON")
+    command.add_argument(
+        "streams", type=count, nargs="?", default=reload.STREAM_COUNT, help="(1000)"
+    )
+    command.add_argument("--rounds", type=count, default=reload.ROUNDS, help="of both in turn (5)")
+    command.set_defaults(run=run_reload)
 
     command = commands.add_parser("profile", parents=[common], help="where a view's time goes")
     command.add_argument("view", choices=sorted(compare.VIEWS))
@@ -218,6 +227,13 @@ def run_routing(options: argparse.Namespace) -> None:
     results = routing.run((10, options.patterns))
     figures: dict[str, object] = {"routing": [dataclasses.asdict(result) for result in results]}
     show(options, figures, routing.report(results))
+
+
+def run_reload(options: argparse.Namespace) -> None:
+    raise_file_limit(options.streams + 200)
+    results = reload.run(options.streams, options.rounds)
+    figures: dict[str, object] = {"reload": [dataclasses.asdict(result) for result in results]}
+    show(options, figures, reload.report(results))
 
 
 def run_profile(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -52,6 +53,24 @@ def page(request):
 urlpatterns = [
     path("", quick, name="home"), path("parks/", parks), path("parks-sync/", parks_sync), path("page/", page),
 ]
+"""
+#: Another ``urls.py``: streams that do not end.
+STREAMS = """
+import asyncio
+from django.http import HttpResponse, StreamingHttpResponse
+from django.urls import path
+
+async def home(request):
+    return HttpResponse("before")
+
+async def stream(request):
+    async def parts():
+        while True:
+            yield "part"
+            await asyncio.sleep(60)
+    return StreamingHttpResponse(parts())
+
+urlpatterns = [path("", home), path("stream/", stream)]
 """
 MANAGE = """
 import os, sys
@@ -172,6 +191,15 @@ class Process:
         except HTTPError as answer:
             with answer:
                 return answer.code
+
+    def open_stream(self) -> socket.socket:
+        """A connection on which the first part of a stream of ``STREAMS`` has come."""
+        port = int(self.url.rpartition(":")[2])
+        client = socket.create_connection(("127.0.0.1", port), timeout=20)
+        client.sendall(b"GET /stream/ HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        while b"part" not in (data := client.recv(65536)):
+            assert data, "the stream ended before its first part"
+        return client
 
     def signal(self, number: int = signal.SIGINT) -> None:
         """To the whole group, as a terminal does."""

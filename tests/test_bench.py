@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import download, routing
+from bench import download, reload, routing
 from bench.__main__ import FULL, QUICK, fill
 from bench.compare import CELLS, VIEWS, Pace, compare, report, views_of
 from bench.figures import Sample, Summary, cost_cell, rate_cell, shares, summarize, table
@@ -392,3 +392,11 @@ def test_routing_is_measured_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> N
 def test_routing_is_measured_in_processes_of_their_own() -> None:
     (found,) = routing.run([2])
     assert found.patterns == 2
+
+
+@pytest.mark.slow
+def test_reloads_are_measured_with_and_without_streams() -> None:
+    found = reload.run(streams=2, rounds=1)
+    assert [result.streams for result in found] == [0, 2]
+    assert min(result.seconds for result in found) > 0
+    assert "2 streams" in reload.report(found)
