@@ -19,7 +19,7 @@ from django.utils.translation import gettext_lazy
 from tests.comet_channels import until_parked
 from tests.database import opened
 from tornjango import comet, db
-from tornjango.comet import get_broker
+from tornjango.comet import hub
 
 FAR = 60.0
 
@@ -178,7 +178,7 @@ async def test_reader_that_stayed_away_too_long_is_told_of_a_gap(channel: str) -
 async def test_restarted_process_tells_a_gap(channel: str) -> None:
     comet.publish(channel, 1)
     cursor = comet.cursor(channel)
-    get_broker.cache_clear()
+    hub._forget()
     comet.publish(channel, 2)
     assert (await comet.wait(None, cursor, channel)).gaps == [channel]
 
@@ -186,13 +186,13 @@ async def test_restarted_process_tells_a_gap(channel: str) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_forked_process_does_not_number_on_under_the_same_epoch() -> None:
-    before = get_broker()
+    before = hub.get_hub()
     child = os.fork()
     if child == 0:
-        os._exit(1 if get_broker() is before else 0)
+        os._exit(1 if hub.get_hub() is before else 0)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
-    assert get_broker() is before
+    assert hub.get_hub() is before
 
 
 @pytest.mark.gen_test

@@ -33,14 +33,14 @@ def test_cursor_fits_in_a_url_as_it_is_and_is_short() -> None:
 
 
 def test_cursor_of_all_allowed_channels_with_the_longest_names_is_accepted() -> None:
-    positions = {f"{'é' * 190}{n}": HERE for n in range(get_config().COMET.CHANNELS_PER_POLL)}
+    positions = {f"{'é' * 190}{n}": HERE for n in range(get_config().COMET.CHANNELS_PER_CLIENT)}
     cursor = cursors.encode(positions)
     assert len(cursor) < 1100
     assert cursors.decode(cursor, positions) == positions
 
 
 def test_cursor_for_more_channels_than_allowed_is_refused() -> None:
-    cursor = cursors.encode({f"{n}": HERE for n in range(get_config().COMET.CHANNELS_PER_POLL + 1)})
+    cursor = cursors.encode({f"{n}": HERE for n in range(get_config().COMET.CHANNELS_PER_CLIENT + 1)})
     with pytest.raises(InvalidCursor, match="too long"):
         cursors.decode(cursor, ["1"])
 

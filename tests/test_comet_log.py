@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import secrets
 from itertools import pairwise
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from tornjango.comet.log import Channel, Limits, Logs, Position, Reading
+from tornjango.comet.log import EPOCH_BYTES, Channel, Limits, Logs, Message, Position, Reading
 
 LIMITS = Limits(history=100, ttl=60, max_bytes=10_000)
 ROOM = Channel("room", LIMITS)
@@ -15,7 +16,14 @@ HALL = Channel("hall", LIMITS)
 
 
 def _logs(max_channels: int = 100) -> Logs:
-    return Logs(max_channels=max_channels)
+    logs = Logs(max_channels=max_channels, max_bytes=10**9)
+    logs.restart(Position(secrets.token_bytes(EPOCH_BYTES), 0))
+    return logs
+
+
+def _append(logs: Logs, channel: Channel, body: bytes, *, now: float) -> Position:
+    logs.append(channel.limits, Message(channel.name, logs.sequence + 1, now, body))
+    return logs.end
 
 
 def _read(
@@ -34,10 +42,10 @@ def _bodies(reading: Reading) -> list[bytes]:
 
 def test_reader_gets_what_came_after_its_position_once_and_in_order() -> None:
     logs = _logs()
-    logs.append(ROOM, b"before", now=0)
+    _append(logs, ROOM, b"before", now=0)
     start = logs.end
-    logs.append(ROOM, b"1", now=0)
-    logs.append(ROOM, b"2", now=0)
+    _append(logs, ROOM, b"1", now=0)
+    _append(logs, ROOM, b"2", now=0)
     reading = _read(logs, (ROOM, start))
     assert _bodies(reading) == [b"1", b"2"]
     assert not reading.gaps
@@ -47,7 +55,7 @@ def test_reader_gets_what_came_after_its_position_once_and_in_order() -> None:
 def test_reading_removes_nothing() -> None:
     logs = _logs()
     start = logs.end
-    logs.append(ROOM, b"1", now=0)
+    _append(logs, ROOM, b"1", now=0)
     assert _read(logs, (ROOM, start)) == _read(logs, (ROOM, start))
 
 
@@ -55,20 +63,20 @@ def test_messages_of_several_channels_come_in_the_order_of_publishing() -> None:
     logs = _logs()
     start = logs.end
     for body, channel in [(b"1", ROOM), (b"2", HALL), (b"3", ROOM), (b"4", HALL)]:
-        logs.append(channel, body, now=0)
+        _append(logs, channel, body, now=0)
     assert _bodies(_read(logs, (HALL, start), (ROOM, start))) == [b"1", b"2", b"3", b"4"]
 
 
 def test_channel_that_was_not_asked_for_is_not_read() -> None:
     logs = _logs()
     start = logs.end
-    logs.append(HALL, b"1", now=0)
+    _append(logs, HALL, b"1", now=0)
     assert not _read(logs, (ROOM, start)).has_news
 
 
 def test_trimming_by_count_tells_only_those_who_lost_something() -> None:
     logs, room = _logs(), Channel("room", LIMITS._replace(history=2))
-    positions = [logs.end, *(logs.append(room, b"%d" % n, now=0) for n in range(4))]
+    positions = [logs.end, *(_append(logs, room, b"%d" % n, now=0) for n in range(4))]
     assert _read(logs, (room, positions[1])).gaps == ["room"]
     reading = _read(logs, (room, positions[2]))
     assert (_bodies(reading), reading.gaps) == ([b"2", b"3"], [])
@@ -76,7 +84,7 @@ def test_trimming_by_count_tells_only_those_who_lost_something() -> None:
 
 def test_trimming_by_bytes_keeps_the_newest_that_fit() -> None:
     logs, room = _logs(), Channel("room", LIMITS._replace(max_bytes=10))
-    positions = [logs.end, *(logs.append(room, b"x" * 4, now=0) for _ in range(4))]
+    positions = [logs.end, *(_append(logs, room, b"x" * 4, now=0) for _ in range(4))]
     assert _read(logs, (room, positions[1])).gaps == ["room"]
     assert len(_read(logs, (room, positions[2])).messages) == 2
     assert logs.status()["bytes"] == 8
@@ -85,8 +93,8 @@ def test_trimming_by_bytes_keeps_the_newest_that_fit() -> None:
 def test_trimming_by_age_happens_when_reading_too() -> None:
     logs = _logs()
     start = logs.end
-    first = logs.append(ROOM, b"old", now=0)
-    logs.append(ROOM, b"new", now=30)
+    first = _append(logs, ROOM, b"old", now=0)
+    _append(logs, ROOM, b"new", now=30)
     assert len(_read(logs, (ROOM, start), now=59).messages) == 2
     assert _read(logs, (ROOM, start), now=60).gaps == ["room"]
     assert _bodies(_read(logs, (ROOM, first), now=60)) == [b"new"]
@@ -94,9 +102,9 @@ def test_trimming_by_age_happens_when_reading_too() -> None:
 
 def test_reader_that_had_seen_everything_has_no_gap_when_all_is_forgotten() -> None:
     logs = _logs()
-    position = logs.append(ROOM, b"1", now=0)
+    position = _append(logs, ROOM, b"1", now=0)
     assert not _read(logs, (ROOM, position), now=1000).has_news
-    logs.append(HALL, b"2", now=1000)
+    _append(logs, HALL, b"2", now=1000)
     assert logs.status()["channels"] == 1
     assert not _read(logs, (ROOM, position), now=1000).has_news
 
@@ -104,11 +112,11 @@ def test_reader_that_had_seen_everything_has_no_gap_when_all_is_forgotten() -> N
 def test_gap_repeats_nothing_and_continues_from_the_present() -> None:
     logs, room = _logs(), Channel("room", LIMITS._replace(history=1))
     start = logs.end
-    logs.append(room, b"1", now=0)
-    logs.append(room, b"2", now=0)
+    _append(logs, room, b"1", now=0)
+    _append(logs, room, b"2", now=0)
     reading = _read(logs, (room, start))
     assert (reading.gaps, reading.messages) == (["room"], [])
-    logs.append(room, b"3", now=0)
+    _append(logs, room, b"3", now=0)
     assert _bodies(_read(logs, (room, reading.positions["room"]))) == [b"3"]
 
 
@@ -116,26 +124,26 @@ def test_gap_in_one_channel_does_not_hold_back_another() -> None:
     logs, room = _logs(), Channel("room", LIMITS._replace(history=1))
     start = logs.end
     for channel, body in [(room, b"1"), (room, b"2"), (HALL, b"3")]:
-        logs.append(channel, body, now=0)
+        _append(logs, channel, body, now=0)
     reading = _read(logs, (room, start), (HALL, start))
     assert (reading.gaps, _bodies(reading)) == (["room"], [b"3"])
 
 
 def test_position_of_another_epoch_is_a_gap_though_its_offset_would_do() -> None:
     before, after = _logs(), _logs()
-    position = before.append(ROOM, b"before", now=0)
-    after.append(ROOM, b"after", now=0)
+    position = _append(before, ROOM, b"before", now=0)
+    _append(after, ROOM, b"after", now=0)
     assert _read(after, (ROOM, position)).gaps == ["room"]
 
 
 def test_reader_from_before_a_restart_is_told_once_however_far_it_was() -> None:
     before, after = _logs(), _logs()
     for _ in range(5):
-        before.append(ROOM, b"before", now=0)
-    after.append(HALL, b"1", now=0)
+        _append(before, ROOM, b"before", now=0)
+    _append(after, HALL, b"1", now=0)
     reading = _read(after, (ROOM, before.end))
     assert reading.gaps == ["room"]
-    after.append(ROOM, b"2", now=0)
+    _append(after, ROOM, b"2", now=0)
     assert _bodies(_read(after, (ROOM, reading.positions["room"]))) == [b"2"]
 
 
@@ -148,10 +156,10 @@ def test_position_beyond_the_end_is_a_gap() -> None:
 def test_dropped_and_recreated_log_is_a_gap_for_those_who_lost_something() -> None:
     logs = _logs()
     start = logs.end
-    seen = logs.append(ROOM, b"1", now=0)
-    logs.append(HALL, b"2", now=100)
+    seen = _append(logs, ROOM, b"1", now=0)
+    _append(logs, HALL, b"2", now=100)
     assert _read(logs, (ROOM, start), now=100).gaps == ["room"]
-    logs.append(ROOM, b"3", now=100)
+    _append(logs, ROOM, b"3", now=100)
     assert _read(logs, (ROOM, start), now=100).gaps == ["room"]
     assert _bodies(_read(logs, (ROOM, seen), now=100)) == [b"3"]
 
@@ -159,8 +167,8 @@ def test_dropped_and_recreated_log_is_a_gap_for_those_who_lost_something() -> No
 def test_short_lived_channels_that_go_cause_no_gap_in_quiet_ones() -> None:
     logs, typing = _logs(), Channel("typing", LIMITS._replace(ttl=1))
     start = logs.end
-    logs.append(typing, b"1", now=0)
-    logs.append(HALL, b"2", now=10)
+    _append(logs, typing, b"1", now=0)
+    _append(logs, HALL, b"2", now=10)
     assert logs.status()["channels"] == 1
     assert not _read(logs, (ROOM, start), now=10).has_news
 
@@ -169,7 +177,7 @@ def test_too_many_channels_drop_the_longest_untouched() -> None:
     logs = _logs(max_channels=2)
     start = logs.end
     for n, name in enumerate(["a", "b", "a", "c"]):
-        logs.append(Channel(name, LIMITS), b"x", now=n)
+        _append(logs, Channel(name, LIMITS), b"x", now=n)
     assert logs.status() == {"channels": 2, "messages": 3, "bytes": 3, "published": 4}
     assert _read(logs, (Channel("b", LIMITS), start)).gaps == ["b"]
     assert len(_read(logs, (Channel("a", LIMITS), start)).messages) == 2
@@ -178,8 +186,8 @@ def test_too_many_channels_drop_the_longest_untouched() -> None:
 def test_too_many_channels_of_different_limits_drop_the_longest_untouched_of_all() -> None:
     logs, other = _logs(max_channels=1), Channel("other", LIMITS._replace(history=5))
     start = logs.end
-    logs.append(ROOM, b"1", now=0)
-    logs.append(other, b"2", now=1)
+    _append(logs, ROOM, b"1", now=0)
+    _append(logs, other, b"2", now=1)
     assert _read(logs, (ROOM, start)).gaps == ["room"]
     assert _bodies(_read(logs, (other, start))) == [b"2"]
 
@@ -207,7 +215,7 @@ def test_answer_is_bounded_in_bytes_but_never_empty() -> None:
     logs = _logs()
     start = logs.end
     for _ in range(3):
-        logs.append(ROOM, b"x" * 10, now=0)
+        _append(logs, ROOM, b"x" * 10, now=0)
     assert len(_read(logs, (ROOM, start), size=20).messages) == 2
     assert len(_read(logs, (ROOM, start), size=19).messages) == 1
     assert len(_read(logs, (ROOM, start), size=1).messages) == 1
@@ -217,8 +225,8 @@ def test_reader_ahead_in_one_channel_stays_ahead_when_the_answer_is_cut() -> Non
     logs = _logs()
     start = logs.end
     for n in range(3):
-        logs.append(ROOM, b"%d" % n, now=0)
-    ahead = logs.append(HALL, b"seen", now=0)
+        _append(logs, ROOM, b"%d" % n, now=0)
+    ahead = _append(logs, HALL, b"seen", now=0)
     cut = _read(logs, (ROOM, start), (HALL, ahead), count=1)
     positions = ((ROOM, cut.positions["room"]), (HALL, cut.positions["hall"]))
     assert _bodies(_read(logs, *positions)) == [b"1", b"2"]
@@ -227,9 +235,9 @@ def test_reader_ahead_in_one_channel_stays_ahead_when_the_answer_is_cut() -> Non
 def test_a_burst_of_expired_channels_is_dropped_in_portions() -> None:
     logs = _logs()
     for n in range(50):
-        logs.append(Channel(f"{n}", LIMITS), b"x", now=0)
+        _append(logs, Channel(f"{n}", LIMITS), b"x", now=0)
     for _ in range(10):
-        logs.append(ROOM, b"x", now=1000)
+        _append(logs, ROOM, b"x", now=1000)
     assert logs.status()["channels"] == 1
 
 
@@ -261,7 +269,7 @@ class Readers(RuleBasedStateMachine):
     def publish(self, channel: Channel, width: int) -> None:
         number = len(self.published[channel.name])
         self.published[channel.name].append(number)
-        self.logs.append(channel, json.dumps(number).encode().rjust(width), now=self.now)
+        _append(self.logs, channel, json.dumps(number).encode().rjust(width), now=self.now)
 
     @rule(seconds=st.sampled_from([0.5, 3, 10, 60, 2000]))
     def time_goes_by(self, seconds: float) -> None:

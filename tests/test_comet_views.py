@@ -48,6 +48,7 @@ def test_poll_brings_messages_and_the_cursor_to_continue_with(channel: str) -> N
     answer = json.loads(response.content)
     message = {"channel": channel, "event": "comment", "data": {"text": "Hello"}}
     assert answer.pop("cursor") != cursor
+    assert answer.pop("grant")
     assert answer == {"messages": [message], "gaps": [], "more": False, "retry": 0}
 
 

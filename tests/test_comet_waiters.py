@@ -42,11 +42,11 @@ def _park(
 async def test_notice_wakes_the_readers_of_its_channel_only(waiters: Waiters) -> None:
     one, both, other = _park(waiters, "a"), _park(waiters, "b", "a"), _park(waiters, "b")
     await _turns()
-    waiters.notify("a")
+    waiters.notify(["a"])
     await asyncio.gather(one, both)
     assert not other.done()
     assert waiters.count() == 1
-    waiters.notify("b")
+    waiters.notify(["b"])
     await other
     assert waiters.count() == 0
 
@@ -54,7 +54,7 @@ async def test_notice_wakes_the_readers_of_its_channel_only(waiters: Waiters) ->
 @pytest.mark.gen_test
 async def test_notice_before_waiting_is_remembered_once(waiters: Waiters) -> None:
     with waiters.registered(["a"]) as waiter:
-        waiters.notify("a")
+        waiters.notify(["a"])
         await _turns()
         await waiter.wait(_deadline(FAR))
         started = asyncio.get_running_loop().time()
@@ -76,7 +76,7 @@ async def test_cancelled_reader_is_forgotten_with_its_timer(waiters: Waiters) ->
     with pytest.raises(asyncio.CancelledError):
         await parked
     assert waiters.count() == 0
-    waiters.notify("a")
+    waiters.notify(["a"])
     await _turns()
 
 
@@ -84,7 +84,7 @@ async def test_cancelled_reader_is_forgotten_with_its_timer(waiters: Waiters) ->
 async def test_reader_cancelled_in_the_turn_that_wakes_it_harms_nobody(waiters: Waiters) -> None:
     first, second = _park(waiters, "a"), _park(waiters, "a")
     await _turns()
-    waiters.notify("a")
+    waiters.notify(["a"])
     first.cancel()
     await second
     with pytest.raises(asyncio.CancelledError):
@@ -97,7 +97,7 @@ async def test_parked_readers_hold_one_future_each_and_no_task(waiters: Waiters)
     before = len(asyncio.all_tasks())
     await _turns()
     assert len(asyncio.all_tasks()) == before
-    waiters.notify("a")
+    waiters.notify(["a"])
     await asyncio.gather(*parked)
 
 
@@ -110,9 +110,9 @@ async def test_many_are_woken_in_order_and_others_have_their_turn_between(waiter
     ]
     single = _park(waiters, "single", done=lambda: order.append("single"))
     await _turns()
-    waiters.notify("crowd")
+    waiters.notify(["crowd"])
     await _turns(2)
-    waiters.notify("single")
+    waiters.notify(["single"])
     # The single one is queued behind the crowd, but the loop is not held up: this very line runs in the meantime.
     assert len(order) < 1000
     await asyncio.gather(single, *parked)
@@ -135,7 +135,7 @@ async def test_burst_from_a_thread_wakes_once(waiters: Waiters) -> None:
 
     def burst() -> None:
         for _ in range(1000):
-            waiters.notify("a")
+            waiters.notify(["a"])
 
     thread = threading.Thread(target=burst)
     thread.start()
@@ -196,7 +196,7 @@ def test_notice_reaches_readers_on_several_loops(waiters: Waiters) -> None:
     for thread in threads:
         thread.start()
     parked.wait(FAR)
-    waiters.notify("a")
+    waiters.notify(["a"])
     woken.wait(FAR)
     for thread in threads:
         thread.join()
@@ -212,7 +212,7 @@ def test_loop_closed_under_its_readers_is_forgotten(waiters: Waiters) -> None:
     loop.run_until_complete(register())
     loop.close()
     assert waiters.count() == 1
-    waiters.notify("a")
+    waiters.notify(["a"])
     assert waiters.count() == 0
 
 
@@ -233,7 +233,7 @@ async def test_no_reference_cycle_is_left_of_a_parked_reader(waiters: Waiters) -
     gc.collect()
     gc.disable()
     try:
-        waiters.notify("a")
+        waiters.notify(["a"])
         await parked
         del parked
         await _turns()

@@ -24,6 +24,8 @@ ACCESS_LOGS = ("auto", "runserver", "common", "json", "off")
 
 PROXY_HEADERS = ("x-forwarded", "forwarded")
 
+BROKERS = ("auto", "memory", "postgres", "redis")
+
 
 def _positive(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
@@ -126,16 +128,67 @@ def _switch(default: bool, help: str, flag: str = "") -> Any:
 class CometConfig:
     """``TORNJANGO["COMET"]``: the bounds of channels and polls."""
 
+    BROKER: str = _one_of(
+        BROKERS,
+        "auto",
+        'what carries messages between processes; "auto" is memory for one process, and PostgreSQL where WORKERS are several',
+    )
+    DATABASE: str = _option(
+        "default", _text, "an alias of DATABASES", "the database of the PostgreSQL broker"
+    )
+    REDIS: str = _option(
+        "redis://127.0.0.1:6379/0",
+        _text,
+        "a URL that redis-py takes",
+        "the server of the Redis broker",
+    )
+    PREFIX: str = _option(
+        "tornjango",
+        _text,
+        "a string",
+        "what the Redis broker's keys begin with; another one for each project on one server",
+    )
     HISTORY: int = _number(200, "messages a channel keeps, unless it says otherwise")
     TTL: float = _seconds(600, "how long a channel keeps a message")
     MAX_BYTES: int = _bytes(1024 * 1024, "size of a channel's messages together")
     MAX_MESSAGE: int = _bytes(64 * 1024, "size of one message, as JSON")
-    MAX_CHANNELS: int = _number(100_000, "channels with a log at one time")
-    CHANNELS_PER_POLL: int = _number(32, "channels one poll may ask for")
-    MESSAGES_PER_POLL: int = _number(
-        100, "messages in one answer; the rest comes with the next poll"
+    MAX_CHANNELS: int = _number(100_000, "channels with a log in a process's memory at one time")
+    MAX_MEMORY: int = _bytes(
+        256 * 1024 * 1024,
+        "size of all messages in a process's memory; beyond that the channel longest untouched goes",
+    )
+    CHANNELS_PER_CLIENT: int = _number(32, "channels that one reader may follow at once")
+    MESSAGES_PER_ANSWER: int = _number(
+        100, "messages in one answer; the rest comes with the next one"
+    )
+    BYTES_PER_ANSWER: int = _bytes(
+        512 * 1024, "size of one answer's messages, but for a single larger one"
+    )
+    BYTES_WAITING: int = _bytes(
+        1024 * 1024,
+        "what may wait for a slow client of a stream before it is closed, to come back with its cursor",
     )
     POLL_TIMEOUT: float = _seconds(25, "after which a poll with no news is answered empty")
+    HEARTBEAT: float = _seconds(
+        20, "how often a stream without news says that it lives, and where its reader stands"
+    )
+    GRANT_TTL: float = _seconds(
+        300, "how long an authoriser's yes counts; comet.revoke() ends it at once"
+    )
+    LINGER: float = _seconds(
+        10,
+        "how long a client that is gone still counts as present: its next poll may be on its way",
+    )
+    PUBLISH_TIMEOUT: float = _seconds(
+        10, "how long a message waits for a broker that is away, before publishing it fails"
+    )
+    PUBLISH_QUEUE: int = _number(10_000, "messages of a process that may wait for the broker")
+    PUBLISHES_PER_SECOND: float = _option(
+        5,
+        _positive,
+        "a positive number",
+        "messages a client may publish, where a channel lets clients publish",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

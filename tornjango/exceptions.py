@@ -8,7 +8,8 @@ TornjangoError
 └── CometError
     ├── InvalidCursor       not a cursor of ours: 400
     ├── UnknownChannel      no declared channel has this name: 404
-    └── ChannelForbidden    the channel's authoriser said no: 403
+    ├── ChannelForbidden    the channel's authoriser said no: 403
+    └── BrokerUnavailable   the broker cannot be reached, or does not answer: 503, Retry-After
 
 Errors of a database keep Django's own classes (``django.db.utils``), whatever engine ran the query.
 """
@@ -65,3 +66,12 @@ class ChannelForbidden(CometError):
     """The channel's authoriser refused this request."""
 
     status = 403
+
+
+class BrokerUnavailable(CometError):
+    """The broker cannot be reached, or has not answered in time; a client is answered 503.
+
+    A message that was being published may have arrived all the same, or not at all; never twice.
+    """
+
+    status = 503

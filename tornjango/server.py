@@ -66,6 +66,7 @@ class Server:
         self.application.workers.install(self._loop)
         green.serve(self._loop)
         http = HTTP1Server(self.application, self.config, self.application.refused)
+        comet.start()
         await http.start(self.sockets, self.tls)
         try:
             monitor = self.application.monitor
@@ -139,6 +140,7 @@ class Server:
             self._end_all()
             await self._all_answered(END_TIMEOUT, None)
         await http.close_all_connections()
+        await comet.stop()
         await self.application.close()
 
     def _close_sockets_of_pages(self) -> None:

@@ -18,6 +18,9 @@ _A = TypeVar("_A", bound=Authoriser)
 
 MAX_NAME_LENGTH = 200
 
+#: Channels whose names begin so are between the processes of a project; nobody can declare or name them.
+INTERNAL = "~"
+
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
@@ -30,6 +33,9 @@ class Declaration:
     history: int | None
     ttl: float | None
     max_bytes: int | None
+    latest: bool
+    presence: bool
+    publisher: Authoriser | None
 
     @property
     def limits(self) -> Limits:
@@ -38,6 +44,7 @@ class Declaration:
             self.history or config.HISTORY,
             self.ttl or config.TTL,
             self.max_bytes or config.MAX_BYTES,
+            self.latest,
         )
 
 
@@ -61,13 +68,21 @@ def channel(
     history: int | None = None,
     ttl: float | None = None,
     max_bytes: int | None = None,
+    latest: bool = False,
+    presence: bool = False,
+    publisher: Authoriser | None = None,
 ) -> Callable[[_A], _A]:
     """Declares the channels that ``pattern`` matches, over the function that says who may read them.
 
     The pattern is written as in ``path()``: ``"entry:<int:pk>"``. The function is called as ``can_read(request, pk=7)``
-    for every poll, and answers whether this request may read; what it raises is handled as if a view had raised it. A
-    plain function may use the database and runs in a worker thread; an ``async def`` runs on the loop, which is cheaper.
+    and answers whether this request may read; what it raises is handled as if a view had raised it. A yes counts for
+    ``TORNJANGO["COMET"]["GRANT_TTL"]`` seconds, for this client, or until ``comet.revoke``. A plain function may use the
+    database and runs in a worker thread; an ``async def`` runs on the loop, which is cheaper.
+
     ``history`` (messages), ``ttl`` (seconds) and ``max_bytes`` bound the channel's log, in place of the settings' values.
+    With ``latest`` a reader gets the newest message only, and never a gap: for a state that each message tells whole. With
+    ``presence`` it is known who follows: see ``comet.presence``. ``publisher`` is a function like the one declared over,
+    which says who may publish from a browser; without it nobody may.
 
     Declare channels in the ``channels`` module of an installed app, which is imported at start. The first declaration
     that matches a name counts. Raises ConfigurationError for a pattern declared twice, or one that cannot be read.
@@ -80,15 +95,19 @@ def channel(
 
     def declare(authoriser: _A) -> _A:
         is_async = _is_async(authoriser)
-        _declare(
-            Declaration(pattern, _route(pattern), authoriser, is_async, history, ttl, max_bytes)
-        )
+        bounds = history, ttl, max_bytes
+        options = latest, presence, publisher
+        _declare(Declaration(pattern, _route(pattern), authoriser, is_async, *bounds, *options))
         return authoriser
 
     return declare
 
 
 def _route(pattern: str) -> RoutePattern:
+    if pattern.startswith(INTERNAL):
+        raise ConfigurationError(
+            f"The channel pattern {pattern!r} begins with {INTERNAL!r}: such channels are tornjango's own."
+        )
     route = RoutePattern(pattern, is_endpoint=True)
     if pattern.count("<") != len(route.converters) or pattern.count(">") != len(route.converters):
         raise ConfigurationError(
@@ -126,10 +145,19 @@ def resolve(name: str) -> Match:
     raise UnknownChannel(f"There is no channel {shown!r}.")
 
 
+def limits(name: str) -> Limits:
+    """A channel's bounds; the settings', for one that another process declares."""
+    try:
+        return resolve(name).channel.limits
+    except UnknownChannel:
+        config = get_config().COMET
+        return Limits(config.HISTORY, config.TTL, config.MAX_BYTES)
+
+
 def resolve_all(names: Iterable[str]) -> list[Match]:
     """Resolves the channels that one reader names, each once. Raises CometError for none or for too many."""
     distinct = list(dict.fromkeys(names))
-    most = get_config().COMET.CHANNELS_PER_POLL
+    most = get_config().COMET.CHANNELS_PER_CLIENT
     if not distinct:
         raise CometError('Name at least one channel, as in "?channel=entry:7".')
     if len(distinct) > most:

@@ -20,10 +20,10 @@ from tornjango.comet.log import EPOCH_BYTES, Position
 from tornjango.conf import get_config
 from tornjango.exceptions import InvalidCursor
 
-_Keys = tuple[str | bytes, ...]
+Keys = tuple[str | bytes, ...]
 
-_DIGEST_BYTES = 8
-_ENTRY = struct.Struct(f">{_DIGEST_BYTES}s{EPOCH_BYTES}sQ")
+DIGEST_BYTES = 8
+_ENTRY = struct.Struct(f">{DIGEST_BYTES}s{EPOCH_BYTES}sQ")
 _SEPARATOR = "."
 _SIGNATURE_LENGTH = 43
 
@@ -37,8 +37,8 @@ _TRY_AGAIN = "Poll without a cursor to get a new one, and fetch the page's state
 
 def encode(positions: Mapping[str, Position]) -> str:
     """The cursor that stands at these positions, by channel name."""
-    entries = b"".join(_ENTRY.pack(_digest(name), *where) for name, where in positions.items())
-    return _signed(urlsafe_b64encode(entries).rstrip(b"=").decode(), _keys())
+    entries = b"".join(_ENTRY.pack(digest(name), *where) for name, where in positions.items())
+    return _signed(urlsafe_b64encode(entries).rstrip(b"=").decode(), keys())
 
 
 def decode(cursor: str, names: Iterable[str]) -> dict[str, Position]:
@@ -48,8 +48,8 @@ def decode(cursor: str, names: Iterable[str]) -> dict[str, Position]:
     """
     if len(cursor) > _longest():
         raise InvalidCursor(f"The cursor is too long. {_TRY_AGAIN}")
-    entries = _entries(cursor, _keys())
-    digests = {name: _digest(name) for name in names}
+    entries = _entries(cursor, keys())
+    digests = {name: digest(name) for name in names}
     return {name: entries[digest] for name, digest in digests.items() if digest in entries}
 
 
@@ -57,12 +57,12 @@ def decode(cursor: str, names: Iterable[str]) -> dict[str, Position]:
 
 
 @lru_cache(maxsize=_REMEMBERED)
-def _signed(payload: str, keys: _Keys) -> str:
+def _signed(payload: str, keys: Keys) -> str:
     return _signer(keys).sign(payload)
 
 
 @lru_cache(maxsize=_REMEMBERED)
-def _entries(cursor: str, keys: _Keys) -> Mapping[bytes, Position]:
+def _entries(cursor: str, keys: Keys) -> Mapping[bytes, Position]:
     try:
         payload = _signer(keys).unsign(cursor)
         data = urlsafe_b64decode(payload + "=" * (-len(payload) % 4))
@@ -73,20 +73,20 @@ def _entries(cursor: str, keys: _Keys) -> Mapping[bytes, Position]:
 
 
 def _longest() -> int:
-    entries = get_config().COMET.CHANNELS_PER_POLL * _ENTRY.size
+    entries = get_config().COMET.CHANNELS_PER_CLIENT * _ENTRY.size
     return -(-entries * 4 // 3) + len(_SEPARATOR) + _SIGNATURE_LENGTH
 
 
-def _keys() -> _Keys:
+def keys() -> Keys:
     return (settings.SECRET_KEY, *settings.SECRET_KEY_FALLBACKS)
 
 
 @lru_cache(maxsize=1)
-def _signer(keys: _Keys) -> Signer:
+def _signer(keys: Keys) -> Signer:
     key, *fallback_keys = keys
     return Signer(key=key, fallback_keys=fallback_keys, salt=_SALT, sep=_SEPARATOR)
 
 
-def _digest(name: str) -> bytes:
+def digest(name: str) -> bytes:
     data = name.encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(data, digest_size=_DIGEST_BYTES).digest()
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()

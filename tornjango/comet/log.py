@@ -2,22 +2,24 @@
 
 Pure: no clock, no thread, no event loop; the caller says what time it is and keeps others out.
 
-1. Every message takes the next number of one sequence, whatever its channel. A position is the number of the last message
-   a reader has seen or could have seen, so the same number fits any channel, with a log or without.
-2. A channel knows the highest number it has forgotten, its floor. At or above the floor a reader gets everything that came
-   since; below it, it is told of a gap. Channels without a log share the floor of their dropped siblings.
-3. Numbers are never used twice under one epoch, and an epoch dies with its process. So a position from before a restart, or
-   from before a log was dropped and made anew, can never be mistaken for a newer one.
+1. The broker gives every message the next number of one sequence, whatever its channel, and every process has them in that
+   order. A position is the number of the last message a reader has seen or could have seen, so the same number fits any
+   channel, with a log or without, in any process.
+2. A channel's log begins after its floor. At or above the floor a reader gets everything that came since; below it, it is
+   told of a gap, if what is below is forgotten for good, or else has to wait for what the broker still has: see `fill`.
+   Channels without a log share a floor: where this process began, or the highest number that a dropped log had.
+3. Numbers are never used twice under one epoch. The memory's dies with its process, a broker's with its data. So a
+   position from before a restart, or from before a log was dropped and made anew, is never mistaken for a newer one.
+4. A position ahead of this process is one that another process gave: there is nothing new until this one has caught up.
 """
 
 from __future__ import annotations
 
 import heapq
 import json
-import secrets
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -28,11 +30,15 @@ _DROPS_PER_APPEND = 8
 
 
 class Limits(NamedTuple):
-    """The bounds of one channel's log: messages, seconds, bytes."""
+    """The bounds of one channel's log: messages, seconds, bytes.
+
+    Of a ``latest`` channel only the newest message counts: whoever missed others has missed nothing.
+    """
 
     history: int
     ttl: float
     max_bytes: int
+    latest: bool = False
 
 
 class Channel(NamedTuple):
@@ -49,14 +55,25 @@ class Position(NamedTuple):
     offset: int
 
 
+class Audience(NamedTuple):
+    """Who gets a message, of those who follow its channel: any of these users, by primary key, and members of these groups."""
+
+    users: frozenset[str]
+    groups: frozenset[str]
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One published message. ``body`` is the JSON object ``{"channel", "event", "data"}`` that clients are sent."""
+    """One published message. ``body`` is the JSON object ``{"channel", "event", "data"}`` that clients are sent.
+
+    ``published`` is in seconds of this process's monotonic clock, whoever published it.
+    """
 
     channel: str
     offset: int
     published: float
     body: bytes
+    audience: Audience | None = None
 
     @property
     def data(self) -> Any:
@@ -68,14 +85,25 @@ class Message:
         return json.loads(self.body)["event"]  # type: ignore[no-any-return]
 
 
+class Backlog(NamedTuple):
+    """What a broker still has of one channel: every message after ``floor``, oldest first. Those up to it are forgotten."""
+
+    messages: list[Message]
+    floor: int
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What one read found: messages in order, and where each channel's reader now stands."""
+    """What one read found: messages in order, and where each channel's reader now stands.
+
+    Of the channels in ``missing`` nothing is known here yet: they stand where they stood, until `Logs.fill`.
+    """
 
     messages: list[Message]
     positions: dict[str, Position]
     gaps: list[str]
     more: bool
+    missing: list[str] = field(default_factory=list)
 
     @property
     def has_news(self) -> bool:
@@ -83,13 +111,17 @@ class Reading:
 
 
 class Log:
-    """The messages that one channel still has."""
+    """The messages that one channel has here: all that came after ``floor``.
 
-    __slots__ = ("_messages", "floor", "last", "size", "touched")
+    ``ends`` is whether those up to the floor are forgotten for good, and not just unknown to this process.
+    """
 
-    def __init__(self, floor: int) -> None:
+    __slots__ = ("_messages", "ends", "floor", "last", "size", "touched")
+
+    def __init__(self, floor: int, ends: bool) -> None:
         self._messages: deque[Message] = deque()
         self.floor = floor
+        self.ends = ends
         self.last = floor
         self.size = 0
         self.touched = 0.0
@@ -103,11 +135,21 @@ class Log:
         self.size += len(message.body)
         self.touched = message.published
 
+    def fill(self, backlog: Backlog) -> None:
+        """Puts what the broker has before what is here: what it has not is forgotten."""
+        for message in reversed(backlog.messages):
+            if message.offset <= self.floor:
+                self._messages.appendleft(message)
+                self.size += len(message.body)
+        self.floor = min(self.floor, backlog.floor)
+        self.ends = True
+
     def trim(self, limits: Limits, now: float) -> None:
         """Forgets the oldest messages until what is left is within the limits."""
         while self._messages and self._exceeds(limits, now):
             message = self._messages.popleft()
             self.floor = message.offset
+            self.ends = True
             self.size -= len(message.body)
 
     def _exceeds(self, limits: Limits, now: float) -> bool:
@@ -117,10 +159,8 @@ class Log:
             or now - self._messages[0].published >= limits.ttl
         )
 
-    def since(self, offset: int) -> list[Message] | None:
-        """The messages after ``offset``, oldest first; None where some of them are forgotten."""
-        if offset < self.floor:
-            return None
+    def since(self, offset: int) -> list[Message]:
+        """The messages after ``offset``, oldest first."""
         # From the end, where readers are: most have seen all but the last few.
         news: list[Message] = []
         for message in reversed(self._messages):
@@ -136,76 +176,111 @@ class _Family:
 
     __slots__ = ("floor", "limits", "logs")
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, floor: int) -> None:
         self.limits = limits
         self.logs: OrderedDict[str, Log] = OrderedDict()
-        self.floor = 0
+        self.floor = floor
 
     @property
     def oldest(self) -> float:
         return next(iter(self.logs.values())).touched
 
-    def append(self, message: Message) -> None:
-        log = self.logs.get(message.channel)
-        if log is None:
-            log = self.logs[message.channel] = Log(self.floor)
-        log.append(message)
-        log.trim(self.limits, message.published)
-        self.logs.move_to_end(message.channel)
-
-    def since(self, name: str, offset: int, now: float) -> list[Message] | None:
-        log = self.logs.get(name)
-        if log is None:
-            return [] if offset >= self.floor else None
-        log.trim(self.limits, now)
-        return log.since(offset)
-
-    def drop_oldest(self) -> None:
+    def drop_oldest(self) -> Log:
         _, log = self.logs.popitem(last=False)
         self.floor = max(self.floor, log.last)
+        return log
 
-    def drop_expired(self, now: float) -> None:
-        for _ in range(_DROPS_PER_APPEND):
-            if not self.logs or now - self.oldest < self.limits.ttl:
-                return
-            self.drop_oldest()
+
+#: Of a channel's position: a part of its messages is forgotten; or they are not known here, and a broker may have them.
+_GAP, _MISSING = "gap", "missing"
 
 
 class Logs:
-    """All channels' logs, at most ``max_channels`` of them; beyond that the longest untouched is dropped.
+    """All channels' logs, at most ``max_channels`` of them and ``max_bytes``; beyond that the longest untouched is dropped.
 
-    Only appending makes a log: a reader costs nothing here, whatever channels it names.
+    Only messages make a log: a reader costs nothing here, whatever channels it names. With a ``broker`` that keeps messages
+    itself, what is not here may be there, and this process need not have them all.
     """
 
-    def __init__(self, *, max_channels: int) -> None:
-        self.epoch = secrets.token_bytes(EPOCH_BYTES)
-        self.sequence = 0
+    def __init__(self, *, max_channels: int, max_bytes: int, broker: bool = False) -> None:
         self._max_channels = max_channels
+        self._max_bytes = max_bytes
+        self._broker = broker
         self._families: dict[Limits, _Family] = {}
+        self.epoch = b""
+        self.sequence = 0
+        #: Where this process began: whatever was published after it has been here.
+        self.start = 0
+        self._count = 0
+        self._bytes = 0
+        self.published = 0
+
+    def restart(self, end: Position) -> None:
+        """Forgets everything, and begins at a broker's present end."""
+        self.epoch, self.sequence = end
+        self.start = self.sequence
+        self._families = {}
+        self._count = self._bytes = 0
 
     @property
     def end(self) -> Position:
         """The position of a reader that has seen everything up to now, in any channel."""
         return Position(self.epoch, self.sequence)
 
-    def append(self, channel: Channel, body: bytes, *, now: float) -> Position:
-        self.sequence += 1
-        family = self._families.get(channel.limits)
-        if family is None:
-            family = self._families[channel.limits] = _Family(channel.limits)
-        family.append(Message(channel.name, self.sequence, now, body))
+    def append(self, limits: Limits, message: Message) -> None:
+        """Messages come in the order of their numbers; Raises ValueError for one that is not the next."""
+        if message.offset != self.sequence + 1:
+            raise ValueError(f"Message {message.offset} came after {self.sequence}.")
+        self.sequence = message.offset
+        self.published += 1
+        family = self._family(limits)
+        log = family.logs.get(message.channel)
+        if log is None:
+            log = self._make(family, message.channel, family.floor)
+        before = log.size
+        log.append(message)
+        log.trim(limits, message.published)
+        self._bytes += log.size - before
+        family.logs.move_to_end(message.channel)
+        self._drop(message.published)
+
+    def fill(self, channel: Channel, backlog: Backlog, now: float) -> None:
+        """Takes what a broker has of a channel that was missing; newer messages are here, or will come."""
+        family = self._family(channel.limits)
+        log = family.logs.get(channel.name)
+        if log is None:
+            log = self._make(family, channel.name, self.sequence)
+            log.touched = now
+        before = log.size
+        log.fill(backlog)
+        log.trim(channel.limits, now)
+        self._bytes += log.size - before
         self._drop(now)
-        return self.end
+
+    def _family(self, limits: Limits) -> _Family:
+        family = self._families.get(limits)
+        if family is None:
+            family = self._families[limits] = _Family(limits, self.start)
+        return family
+
+    def _make(self, family: _Family, name: str, floor: int) -> Log:
+        self._count += 1
+        log = family.logs[name] = Log(floor, ends=not self._broker)
+        return log
 
     def _drop(self, now: float) -> None:
         for family in self._families.values():
-            family.drop_expired(now)
-        while self._count_logs() > self._max_channels:
+            for _ in range(_DROPS_PER_APPEND):
+                if not family.logs or now - family.oldest < family.limits.ttl:
+                    break
+                self._drop_oldest(family)
+        while self._count > self._max_channels or self._bytes > self._max_bytes:
             filled = (family for family in self._families.values() if family.logs)
-            min(filled, key=attrgetter("oldest")).drop_oldest()
+            self._drop_oldest(min(filled, key=attrgetter("oldest")))
 
-    def _count_logs(self) -> int:
-        return sum(len(family.logs) for family in self._families.values())
+    def _drop_oldest(self, family: _Family) -> None:
+        self._bytes -= family.drop_oldest().size
+        self._count -= 1
 
     def read(
         self, since: Mapping[Channel, Position], *, now: float, count: int, size: int
@@ -217,33 +292,54 @@ class Logs:
         its reader stands at the present end, because it has to fetch the state afresh anyway.
         """
         found = {channel: self._since(channel, since[channel], now) for channel in since}
-        news = [messages for messages in found.values() if messages]
+        news = [messages for messages in found.values() if messages and isinstance(messages, list)]
         taken = _take(heapq.merge(*news, key=attrgetter("offset")), count, size)
         more = len(taken) < sum(map(len, news))
         # All messages up to the last one taken are taken, in every channel: their order is one.
         reached = taken[-1].offset if more else self.sequence
-        positions = {
-            channel.name: self.end
-            if found[channel] is None
-            else Position(self.epoch, max(position.offset, reached))
-            for channel, position in since.items()
-        }
-        gaps = [channel.name for channel, messages in found.items() if messages is None]
-        return Reading(taken, positions, gaps, more)
+        positions: dict[str, Position] = {}
+        gaps: list[str] = []
+        missing: list[str] = []
+        for channel, position in since.items():
+            outcome = found[channel]
+            if outcome is _MISSING:
+                missing.append(channel.name)
+                positions[channel.name] = position
+            elif outcome is _GAP:
+                gaps.append(channel.name)
+                positions[channel.name] = self.end
+            else:
+                positions[channel.name] = Position(self.epoch, max(position.offset, reached))
+        return Reading(taken, positions, gaps, more, missing)
 
-    def _since(self, channel: Channel, position: Position, now: float) -> list[Message] | None:
-        if position.epoch != self.epoch or position.offset > self.sequence:
-            return None
+    def _since(self, channel: Channel, position: Position, now: float) -> list[Message] | str:
+        if position.epoch != self.epoch:
+            return _GAP
+        if position.offset >= self.sequence:
+            return []
         family = self._families.get(channel.limits)
-        return [] if family is None else family.since(channel.name, position.offset, now)
+        log = family.logs.get(channel.name) if family is not None else None
+        if log is None:
+            floor = self.start if family is None else family.floor
+            if position.offset >= floor:
+                return []
+            return _MISSING if self._broker else _GAP
+        before = log.size
+        log.trim(channel.limits, now)
+        self._bytes += log.size - before
+        if position.offset >= log.floor or (channel.limits.latest and log.ends):
+            news = log.since(position.offset)
+            return news[-1:] if channel.limits.latest else news
+        return _GAP if log.ends else _MISSING
 
     def status(self) -> dict[str, int]:
+        """Numbers for the status page; ``messages`` are counted one log after another."""
         logs = [log for family in self._families.values() for log in family.logs.values()]
         return {
             "channels": len(logs),
             "messages": sum(map(len, logs)),
-            "bytes": sum(log.size for log in logs),
-            "published": self.sequence,
+            "bytes": self._bytes,
+            "published": self.published,
         }
 
 

@@ -3,9 +3,10 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 # Woken in one turn of the loop; then other events have theirs, so that ten thousand answers hold up nobody.
@@ -14,6 +15,16 @@ _SLICE = 50
 # What a restarted server takes without trouble; readers that a drain sends away are spread out accordingly.
 _RETURNING_PER_SECOND = 500
 _SPREAD = (1.0, 30.0)
+
+
+class Client(Protocol):
+    """A reader, as far as it is known here: by what its client calls itself, and by its transport."""
+
+    client: str | None
+    transport: str
+
+    def supersede(self) -> None:
+        """A newer one of the same client is there."""
 
 
 class Waiter:
@@ -49,9 +60,20 @@ class Waiter:
 class _Parked:
     """The waiters of one event loop; only ``dirty`` is touched by other threads, under the lock of Waiters."""
 
-    __slots__ = ("by_channel", "count", "dirty", "draining", "queue", "spread")
+    __slots__ = (
+        "by_channel",
+        "by_client",
+        "count",
+        "dirty",
+        "draining",
+        "queue",
+        "spread",
+        "transports",
+    )
 
     def __init__(self) -> None:
+        self.by_client: dict[str, Client] = {}
+        self.transports: Counter[str] = Counter()
         self.by_channel: dict[str, dict[Waiter, None]] = {}
         self.count = 0
         self.dirty: set[str] = set()
@@ -91,20 +113,44 @@ class Waiters:
         finally:
             parked.remove(waiter)
 
+    @contextmanager
+    def known(self, client: Client) -> Iterator[None]:
+        """Inside, the client's reader is this one: an older one is told that it is superseded."""
+        parked = self._here()
+        parked.transports[client.transport] += 1
+        if client.client is not None:
+            if (older := parked.by_client.get(client.client)) is not None:
+                older.supersede()
+            parked.by_client[client.client] = client
+        try:
+            yield
+        finally:
+            parked.transports[client.transport] -= 1
+            if client.client is not None and parked.by_client.get(client.client) is client:
+                del parked.by_client[client.client]
+
+    def change(self, waiter: Waiter, channels: Collection[str]) -> None:
+        """From now on a registered waiter hears of these channels, and of no others."""
+        parked = self._here()
+        parked.remove(waiter)
+        waiter.channels = channels
+        parked.add(waiter)
+
     def _here(self) -> _Parked:
         loop = asyncio.get_running_loop()
         with self._lock:
             return self._loops.setdefault(loop, _Parked())
 
-    def notify(self, channel: str) -> None:
-        """Wakes the readers of a channel, each on its own loop; may be called in any thread."""
+    def notify(self, channels: Collection[str] | None) -> None:
+        """Wakes the readers of these channels, or all of them, each on its own loop; may be called in any thread."""
         with self._lock:
             for loop, parked in list(self._loops.items()):
                 # A burst wakes once. A reader that registers after this line reads after the message was stored.
-                if channel not in parked.by_channel or channel in parked.dirty:
-                    continue
-                parked.dirty.add(channel)
-                self._schedule(loop, parked)
+                wanted = list(parked.by_channel) if channels is None else channels
+                found = {name for name in wanted if name in parked.by_channel} - parked.dirty
+                if found:
+                    parked.dirty |= found
+                    self._schedule(loop, parked)
 
     def _schedule(self, loop: asyncio.AbstractEventLoop, parked: _Parked) -> None:
         try:
@@ -160,3 +206,9 @@ class Waiters:
     def count(self) -> int:
         with self._lock:
             return sum(parked.count for parked in self._loops.values())
+
+    def transports(self) -> dict[str, int]:
+        """How many readers there are, by transport."""
+        with self._lock:
+            found = sum((parked.transports for parked in self._loops.values()), Counter())
+        return dict(found)

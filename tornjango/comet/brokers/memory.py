@@ -1,40 +1,30 @@
 from __future__ import annotations
 
-import threading
+import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence
 
-from tornjango.comet.brokers.base import Broker
-from tornjango.comet.log import Channel, Logs, Position, Reading
+from tornjango.comet.brokers.base import Draft
+from tornjango.comet.log import EPOCH_BYTES, Message, Position
 
 
-class MemoryBroker(Broker):
-    """The logs of one process, in its memory: other processes neither see them nor outlive them.
+class MemoryBroker:
+    """Numbers the messages of one process, whose logs are all there is: other processes neither see nor outlive them.
 
-    A message is readable as soon as ``publish`` returns, and messages are in one order across all channels.
+    It needs no threads and never waits, so it is no `Broker`: a message is delivered as it is published.
     """
 
     name = "memory"
 
-    def __init__(self, notify: Callable[[str], None], *, max_channels: int) -> None:
-        super().__init__(notify)
-        self._lock = threading.Lock()
-        self._logs = Logs(max_channels=max_channels)
+    def __init__(self) -> None:
+        self.end = Position(secrets.token_bytes(EPOCH_BYTES), 0)
 
-    def publish(self, channel: Channel, body: bytes) -> None:
-        with self._lock:
-            self._logs.append(channel, body, now=time.monotonic())
-        self._notify(channel.name)
-
-    def ends(self, channels: Iterable[Channel]) -> dict[str, Position]:
-        with self._lock:
-            end = self._logs.end
-        return {channel.name: end for channel in channels}
-
-    async def read(self, since: Mapping[Channel, Position], *, count: int, size: int) -> Reading:
-        with self._lock:
-            return self._logs.read(since, now=time.monotonic(), count=count, size=size)
-
-    def status(self) -> dict[str, int]:
-        with self._lock:
-            return self._logs.status()
+    def number(self, drafts: Sequence[Draft]) -> list[Message]:
+        """One caller at a time."""
+        now = time.monotonic()
+        epoch, offset = self.end
+        self.end = Position(epoch, offset + len(drafts))
+        return [
+            Message(draft.channel.name, offset + n, now, draft.body, draft.audience)
+            for n, draft in enumerate(drafts, 1)
+        ]

@@ -1,0 +1,397 @@
+"""What a process knows of COMET, in one place: its logs, its readers, and the threads that keep both up to date.
+
+With the memory broker a message is in the logs when it is published. With another one it goes into the outbox, from there
+to the broker, and comes back to every process by the broker's tail, into the logs. Readers only ever read the logs; what
+those do not reach back to is fetched from the broker, once for all who ask.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from tornjango.comet import brokers, channels
+from tornjango.comet.brokers.base import Broker, Draft
+from tornjango.comet.brokers.memory import MemoryBroker
+from tornjango.comet.log import Channel, Limits, Logs, Message, Position, Reading
+from tornjango.comet.outbox import FIRST_PAUSE, LAST_PAUSE, Outbox
+from tornjango.comet.waiters import Waiters
+from tornjango.conf import CometConfig, get_config
+from tornjango.exceptions import BrokerUnavailable, ConfigurationError
+
+logger = logging.getLogger("tornjango.comet")
+
+Listener = Callable[[Message], None]
+
+#: The internal channel on which `Hub.revoke` tells all processes.
+REVOKED = Channel(
+    f"{channels.INTERNAL}revoked", Limits(history=100_000, ttl=24 * 3600, max_bytes=32 << 20)
+)
+
+#: Channels whose last revocation a process remembers; a grant older than the oldest of them is asked for again.
+REVOCATIONS = 10_000
+
+#: Threads in which a broker is asked for what the logs do not reach back to.
+FETCHERS = 4
+
+
+class Hub:
+    """One for each process. Its methods may be called in any thread, but for those that are coroutines."""
+
+    def __init__(self, config: CometConfig, broker: Broker | None) -> None:
+        self.waiters = Waiters()
+        self.broker = broker
+        self._memory = MemoryBroker() if broker is None else None
+        self._lock = threading.Lock()
+        self._logs = Logs(
+            max_channels=config.MAX_CHANNELS,
+            max_bytes=config.MAX_MEMORY,
+            broker=broker is not None,
+        )
+        self._listeners: dict[str, tuple[Limits, list[Listener]]] = {}
+        self._begun = threading.Event()
+        self._stopping = threading.Event()
+        self._tail: threading.Thread | None = None
+        self._fetches: dict[str, Future[None]] = {}
+        # Not the workers: those may all be busy with what waits for this.
+        self._fetchers = ThreadPoolExecutor(FETCHERS, "tornjango-backlog")
+        self._revoked: OrderedDict[str, int] = OrderedDict()
+        self._revoked_floor = 0
+        #: Why the broker cannot be reached, and since when (of the monotonic clock); None while it can.
+        self.lost: tuple[str, float] | None = None
+        self._outbox: Outbox | None = None
+        if self._memory is not None:
+            self._logs.restart(self._memory.end)
+            self._begun.set()
+        if broker is not None:
+            self._outbox = Outbox(
+                broker, most=config.PUBLISH_QUEUE, known=self._known, report=self._report
+            )
+        self.listen(REVOKED, self._note_revocation)
+
+    # Publishing
+
+    def send(self, drafts: Sequence[Draft], wait: float) -> Future[Position]:
+        """Publishes; the future has the position of the last, when no later reader can miss any of them.
+
+        It fails with BrokerUnavailable after ``wait`` seconds. Raises Overloaded when too many messages wait already.
+        """
+        if self._outbox is not None:
+            return self._outbox.put(drafts, wait)
+        assert self._memory is not None
+        done: Future[Position] = Future()
+        with self._lock:
+            messages = self._memory.number(drafts)
+            self._append(messages)
+            end = self._logs.end
+        self._tell(messages)
+        done.set_result(end)
+        return done
+
+    def listen(self, channel: Channel, listener: Listener) -> None:
+        """Has ``listener`` called with each message of an internal channel, from any process, as it is delivered.
+
+        In any thread; it has to be quick, and the channel's readers are woken after it.
+        """
+        _, listeners = self._listeners.setdefault(channel.name, (channel.limits, []))
+        listeners.append(listener)
+
+    def _append(self, messages: Iterable[Message]) -> None:
+        for message in messages:
+            internal = self._listeners.get(message.channel)
+            limits = channels.limits(message.channel) if internal is None else internal[0]
+            self._logs.append(limits, message)
+
+    def _tell(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            for listener in self._listeners.get(message.channel, (None, ()))[1]:
+                try:
+                    listener(message)
+                except Exception:
+                    logger.exception("A listener to %r failed", message.channel)
+        self.waiters.notify({message.channel for message in messages})
+
+    # Reading
+
+    async def ready(self) -> None:
+        """Returns once the logs stand at some end of the broker's. Raises BrokerUnavailable if that takes too long."""
+        if self._begun.is_set():
+            return
+        self.start()
+        deadline = time.monotonic() + Broker.TIMEOUT
+        while not self._begun.is_set():
+            if time.monotonic() > deadline:
+                raise self._unavailable()
+            await asyncio.sleep(0.02)
+
+    @property
+    def is_ready(self) -> bool:
+        return self._begun.is_set()
+
+    def present(self) -> Position:
+        """Where a reader stands that wants what comes from now on. Asks the broker where this process does not follow it.
+
+        Blocks then; on an event loop that is not `ready` yet it raises BrokerUnavailable instead.
+        """
+        if self._begun.is_set():
+            with self._lock:
+                return self._logs.end
+        assert self.broker is not None
+        if asyncio._get_running_loop() is not None:
+            raise BrokerUnavailable(
+                "This process does not follow the COMET broker yet: await comet.ready() before."
+            )
+        return self.broker.head()
+
+    async def read(self, since: Mapping[Channel, Position], deadline: float) -> Reading:
+        """What came after the given positions; never waits for news, but until ``deadline`` (of the loop) for the broker.
+
+        What the broker has not given by then is as if there were nothing new: its readers stand where they stood.
+        """
+        await self.ready()
+        config = get_config().COMET
+        tried = False
+        while True:
+            with self._lock:
+                reading = self._logs.read(
+                    since,
+                    now=time.monotonic(),
+                    count=config.MESSAGES_PER_ANSWER,
+                    size=config.BYTES_PER_ANSWER,
+                )
+            if not reading.missing or tried:
+                return reading
+            wanted = [channel for channel in since if channel.name in reading.missing]
+            tried = not await self._fetch(wanted, deadline)
+
+    async def _fetch(self, wanted: Sequence[Channel], deadline: float) -> bool:
+        """Whether the broker has answered."""
+        loop = asyncio.get_running_loop()
+        pause = FIRST_PAUSE
+        while True:
+            fetches = [asyncio.wrap_future(self._begin_fetch(channel)) for channel in wanted]
+            try:
+                await asyncio.gather(*map(asyncio.shield, fetches))
+            except BrokerUnavailable:
+                if loop.time() + pause > deadline:
+                    return False
+            else:
+                return True
+            await asyncio.sleep(random.uniform(pause / 2, pause))
+            pause = min(pause * 2, LAST_PAUSE)
+
+    def _begin_fetch(self, channel: Channel) -> Future[None]:
+        """One for all readers that come back to a channel at once, wherever they stood."""
+        with self._lock:
+            fetch = self._fetches.get(channel.name)
+            if fetch is None:
+                fetch = self._fetches[channel.name] = self._fetchers.submit(
+                    self._run_fetch, channel
+                )
+            return fetch
+
+    def _run_fetch(self, channel: Channel) -> None:
+        assert self.broker is not None
+        try:
+            epoch = self._logs.epoch
+            backlog = self.broker.backlog(channel)
+            with self._lock:
+                if self._logs.epoch == epoch:  # else all that was asked is of no use any more
+                    self._logs.fill(channel, backlog, time.monotonic())
+        finally:
+            with self._lock:
+                del self._fetches[channel.name]
+
+    # Revoking
+
+    def revoked_since(self, name: str, granted: Position) -> bool:
+        """Whether a grant for a channel has ended that was given when the logs stood there."""
+        if granted.epoch != self._logs.epoch:
+            return True
+        return granted.offset < self._revoked.get(name, self._revoked_floor)
+
+    def _note_revocation(self, message: Message) -> None:
+        name = str(message.data)
+        self._revoked[name] = message.offset
+        self._revoked.move_to_end(name)
+        if len(self._revoked) > REVOCATIONS:
+            self._revoked_floor = self._revoked.popitem(last=False)[1]
+        self.waiters.notify({name})
+
+    # The broker's tail
+
+    def start(self) -> None:
+        """Follows the broker from now on; needs doing once, and does not wait."""
+        if self.broker is None:
+            return
+        with self._lock:
+            if self._tail is None and not self._stopping.is_set():
+                self._tail = threading.Thread(
+                    target=self._follow, name="tornjango-comet", daemon=True
+                )
+                self._tail.start()
+
+    def _follow(self) -> None:
+        assert self.broker is not None
+        pause = FIRST_PAUSE
+        while not self._stopping.is_set():
+            try:
+                self.broker.tail(self)
+                pause = FIRST_PAUSE
+            except BrokerUnavailable as error:
+                self._report(error)
+            except ConfigurationError as error:
+                self._report(BrokerUnavailable(str(error)))
+            except Exception as error:
+                logger.exception("Following the %s broker failed", self.broker.name)
+                self._report(BrokerUnavailable(str(error)))
+            if self.lost is None:
+                pause = FIRST_PAUSE
+            self._stopping.wait(random.uniform(pause / 2, pause))
+            pause = min(pause * 2, LAST_PAUSE)
+
+    def _report(self, error: BrokerUnavailable | None) -> None:
+        before = self.lost
+        if error is None:
+            self.lost = None
+        elif before is None:
+            self.lost = str(error), time.monotonic()
+            assert self.broker is not None
+            logger.error(
+                "COMET has lost the %s broker; readers wait until it is back. %s",
+                self.broker.name,
+                error,
+            )
+        if error is None and before is not None:
+            assert self.broker is not None
+            away = time.monotonic() - before[1]
+            logger.warning("COMET has the %s broker back, after %.1f s", self.broker.name, away)
+
+    def _known(self) -> Position | None:
+        return self.end
+
+    def _unavailable(self) -> BrokerUnavailable:
+        assert self.broker is not None
+        reason = self.lost[0] if self.lost is not None else "It has not answered yet."
+        return BrokerUnavailable(f"The {self.broker.name} broker is not there. {reason}")
+
+    # What it is to the tail: a Sink
+
+    @property
+    def end(self) -> Position | None:
+        with self._lock:
+            return self._logs.end if self._begun.is_set() else None
+
+    def begin(self, end: Position) -> None:
+        assert self.broker is not None
+        revocations = self.broker.backlog(REVOKED)
+        with self._lock:
+            self._logs.restart(end)
+            self._revoked.clear()
+            self._revoked_floor = revocations.floor
+            for message in revocations.messages:
+                self._revoked[str(message.data)] = message.offset
+        self._begun.set()
+        # Whoever is parked stands somewhere else now.
+        self.waiters.notify(None)
+
+    def deliver(self, messages: Sequence[Message]) -> None:
+        with self._lock:
+            self._append(messages)
+        self._tell(messages)
+
+    def connected(self) -> None:
+        self._report(None)
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopping.is_set()
+
+    # Its end
+
+    def close(self, wait: float) -> None:
+        """Publishes what waits to be, for as many seconds, and follows the broker no longer."""
+        self._stopping.set()
+        if self._outbox is not None and (left := self._outbox.close(wait)):
+            logger.error("%d messages were not published: the broker does not take them", left)
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
+        if self._tail is not None:
+            self._tail.join(Broker.TIMEOUT)
+        if self.broker is not None:
+            self.broker.close()
+
+    def status(self) -> dict[str, Any]:
+        """Numbers of this process: broker, channels, messages and bytes kept, published in all, polls parked."""
+        with self._lock:
+            numbers = self._logs.status()
+        lost = self.lost
+        return {
+            "broker": brokers.MEMORY if self.broker is None else self.broker.name,
+            **numbers,
+            "parked": self.waiters.count(),
+            "readers": self.waiters.transports(),
+            "unpublished": 0 if self._outbox is None else self._outbox.waiting,
+            "lost": 0.0 if lost is None else time.monotonic() - lost[1],
+        }
+
+
+_hub: tuple[object, Hub] | None = None
+_making = threading.Lock()
+
+
+def get_hub() -> Hub:
+    """The process's hub, made at first use, and anew when the settings name another broker (in tests)."""
+    global _hub
+    config = get_config()
+    key = brokers.key(config)
+    if _hub is not None and _hub[0] == key:
+        return _hub[1]
+    with _making:
+        if _hub is not None and _hub[0] != key:
+            _hub[1].close(0)
+            _hub = None
+        if _hub is None:
+            _hub = key, Hub(config.COMET, brokers.make(config))
+        return _hub[1]
+
+
+def close(wait: float) -> None:
+    """Ends what the process's hub does in threads; the memory's logs stay."""
+    global _hub
+    with _making:
+        if _hub is not None and _hub[1].broker is not None:
+            _hub[1].close(wait)
+            _hub = None
+
+
+async def aclose(wait: float) -> None:
+    """As `close`, beside the event loop; not in a worker, for those may all be busy."""
+    if _hub is None or _hub[1].broker is None:
+        return
+    loop = asyncio.get_running_loop()
+    closed = loop.create_future()
+
+    def run() -> None:
+        close(wait)
+        loop.call_soon_threadsafe(closed.set_result, None)
+
+    threading.Thread(target=run, name="tornjango-close", daemon=True).start()
+    await closed
+
+
+def _forget() -> None:
+    global _hub, _making
+    _hub, _making = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    # Two processes that went on numbering under one epoch would take each other's cursors for their own.
+    os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import logging
+import random
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import NamedTuple
+
+from tornjango.comet.brokers.base import Broker, Draft
+from tornjango.comet.log import Position
+from tornjango.exceptions import BrokerUnavailable, Overloaded
+
+logger = logging.getLogger("tornjango.comet")
+
+# What goes to the broker in one call: more messages a second than one by one, and no call takes long.
+BATCH_MESSAGES = 500
+BATCH_BYTES = 1024 * 1024
+
+# Pauses between attempts, in seconds.
+FIRST_PAUSE = 0.05
+LAST_PAUSE = 2.0
+
+
+class _Letter(NamedTuple):
+    """The messages of one `Outbox.put`, which are stored together."""
+
+    drafts: Sequence[Draft]
+    size: int
+    deadline: float
+    future: Future[Position]
+
+
+class Outbox:
+    """What a process publishes and the broker does not have yet: in order, in batches, again and again until it has.
+
+    ``known`` tells the newest position of this process. ``report`` is told of each failure, and None when it went well.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        *,
+        most: int,
+        known: Callable[[], Position | None],
+        report: Callable[[BrokerUnavailable | None], None],
+    ) -> None:
+        self._broker = broker
+        self._most = most
+        self._known = known
+        self._report = report
+        self._changed = threading.Condition()
+        self._letters: deque[_Letter] = deque()
+        self._waiting = 0
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Messages that the broker does not have yet."""
+        return self._waiting
+
+    def put(self, drafts: Sequence[Draft], wait: float) -> Future[Position]:
+        """Takes messages on, in any thread; the future has the position of the last, once the broker has them all.
+
+        It fails with BrokerUnavailable when that is not so within ``wait`` seconds. Raises Overloaded when too many wait.
+        """
+        letter = _Letter(
+            drafts,
+            sum(len(draft.body) for draft in drafts),
+            time.monotonic() + wait,
+            Future(),
+        )
+        with self._changed:
+            if self._closed:
+                raise BrokerUnavailable(
+                    "Nothing can be published any more: the server has stopped."
+                )
+            if self._waiting + len(drafts) > self._most and self._waiting:
+                raise Overloaded(
+                    f"{self._waiting} messages wait for the {self._broker.name} broker already "
+                    '(TORNJANGO["COMET"]["PUBLISH_QUEUE"]).'
+                )
+            self._waiting += len(drafts)
+            self._letters.append(letter)
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name="tornjango-publish", daemon=True
+                )
+                self._thread.start()
+            self._changed.notify_all()
+        return letter.future
+
+    def close(self, wait: float) -> int:
+        """Takes no more; returns when the broker has all, or after ``wait`` seconds, with how many it has not."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join(wait)
+        return self._waiting
+
+    def _run(self) -> None:
+        while letters := self._next():
+            self._deliver(letters)
+
+    def _next(self) -> list[_Letter]:
+        with self._changed:
+            while not self._letters and not self._closed:
+                self._changed.wait()
+            letters: list[_Letter] = []
+            messages = size = 0
+            while self._letters:
+                letter = self._letters[0]
+                messages += len(letter.drafts)
+                size += letter.size
+                if letters and (messages > BATCH_MESSAGES or size > BATCH_BYTES):
+                    break
+                letters.append(self._letters.popleft())
+            return letters
+
+    def _deliver(self, letters: list[_Letter]) -> None:
+        """Until the broker has them or nobody waits for them any longer. They stay together: a batch may have arrived."""
+        batch = secrets.token_bytes(16)
+        drafts = [draft for letter in letters for draft in letter.drafts]
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                end = self._broker.append(batch, drafts, self._known())
+            except BrokerUnavailable as error:
+                self._report(error)
+                self._expire(letters, error)
+                if all(letter.future.done() for letter in letters):
+                    break
+                time.sleep(random.uniform(pause / 2, pause))
+                pause = min(pause * 2, LAST_PAUSE)
+            except Exception as error:  # noqa: BLE001 - raised where it was published
+                for letter in letters:
+                    if not letter.future.done():
+                        letter.future.set_exception(error)
+                break
+            else:
+                self._report(None)
+                self._settle(letters, end, len(drafts))
+                break
+        with self._changed:
+            self._waiting -= len(drafts)
+
+    def _expire(self, letters: list[_Letter], error: BrokerUnavailable) -> None:
+        now = time.monotonic()
+        for letter in letters:
+            if now >= letter.deadline and not letter.future.done():
+                letter.future.set_exception(error)
+        with self._changed:
+            late = [letter for letter in self._letters if now >= letter.deadline]
+            for letter in late:
+                self._letters.remove(letter)
+                self._waiting -= len(letter.drafts)
+        for letter in late:
+            letter.future.set_exception(error)
+
+    def _settle(self, letters: list[_Letter], end: Position, count: int) -> None:
+        offset = end.offset - count
+        for letter in letters:
+            offset += len(letter.drafts)
+            if not letter.future.done():
+                letter.future.set_result(Position(end.epoch, offset))
