@@ -35,6 +35,9 @@ _SKEW = 60
 
 _REMEMBERED = 4096
 
+# Of its time a grant may lose so much.
+_STEP = 1 / 16
+
 
 class Grant(NamedTuple):
     """A yes to these channels, by digest, given when the logs stood at ``position``; until ``expires``, in seconds since 1970."""
@@ -51,11 +54,19 @@ NOTHING = Grant(Position(b"", 0), 0, frozenset())
 
 
 def issue(request: HttpRequest, position: Position, names: Iterable[str]) -> str:
-    """A grant for these channels, for ``TORNJANGO["COMET"]["GRANT_TTL"]`` seconds."""
-    expires = int(time.time() + get_config().COMET.GRANT_TTL)
+    """A grant for these channels, for ``TORNJANGO["COMET"]["GRANT_TTL"]`` seconds, or a little less."""
+    ttl = get_config().COMET.GRANT_TTL
+    # In steps: a crowd that shows nothing of itself has one grant, and one signature.
+    step = max(1, int(ttl * _STEP))
+    expires = int(time.time() + ttl) // step * step
     head = _HEAD.pack(_binding(request), *position, expires)
     payload = head + b"".join(sorted(cursors.digest(name) for name in names))
-    return _signer(cursors.keys()).sign(urlsafe_b64encode(payload).rstrip(b"=").decode())
+    return _signed(payload, cursors.keys())
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _signed(payload: bytes, keys: cursors.Keys) -> str:
+    return _signer(keys).sign(urlsafe_b64encode(payload).rstrip(b"=").decode())
 
 
 def read(request: HttpRequest, token: str | None) -> Grant:
