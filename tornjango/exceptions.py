@@ -16,6 +16,8 @@ Errors of a database keep Django's own classes (``django.db.utils``), whatever e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from django.core.exceptions import ImproperlyConfigured
 
 
@@ -63,9 +65,13 @@ class UnknownChannel(CometError):
 
 
 class ChannelForbidden(CometError):
-    """The channel's authoriser refused this request."""
+    """The channel's authoriser refused this request. ``channels`` names those, of a reader, that it may read no longer."""
 
     status = 403
+
+    def __init__(self, message: str, channels: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.channels = channels
 
 
 class BrokerUnavailable(CometError):

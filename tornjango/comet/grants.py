@@ -59,7 +59,7 @@ def issue(request: HttpRequest, position: Position, names: Iterable[str]) -> str
     # In steps: a crowd that shows nothing of itself has one grant, and one signature.
     step = max(1, int(ttl * _STEP))
     expires = int(time.time() + ttl) // step * step
-    head = _HEAD.pack(_binding(request), *position, expires)
+    head = _HEAD.pack(binding(request), *position, expires)
     payload = head + b"".join(sorted(cursors.digest(name) for name in names))
     return _signed(payload, cursors.keys())
 
@@ -73,9 +73,9 @@ def read(request: HttpRequest, token: str | None) -> Grant:
     """What a client's grant still gives it: `NOTHING` for another's, an old or a forged one."""
     if not token or len(token) > _longest():
         return NOTHING
-    binding, grant = _read(token, cursors.keys())
+    bound, grant = _read(token, cursors.keys())
     latest = time.time() + get_config().COMET.GRANT_TTL + _SKEW
-    return grant if binding == _binding(request) and grant.expires <= latest else NOTHING
+    return grant if bound == binding(request) and grant.expires <= latest else NOTHING
 
 
 @lru_cache(maxsize=_REMEMBERED)
@@ -83,14 +83,15 @@ def _read(token: str, keys: cursors.Keys) -> tuple[bytes, Grant]:
     try:
         payload = _signer(keys).unsign(token)
         data = urlsafe_b64decode(payload + "=" * (-len(payload) % 4))
-        binding, epoch, offset, expires = _HEAD.unpack_from(data)
+        bound, epoch, offset, expires = _HEAD.unpack_from(data)
         digests = struct.iter_unpack(f"{cursors.DIGEST_BYTES}s", data[_HEAD.size :])
-        return binding, Grant(Position(epoch, offset), expires, frozenset(it for (it,) in digests))
+        return bound, Grant(Position(epoch, offset), expires, frozenset(it for (it,) in digests))
     except (BadSignature, binascii.Error, struct.error, UnicodeError):
         return b"", NOTHING
 
 
-def _binding(request: HttpRequest) -> bytes:
+def binding(request: HttpRequest) -> bytes:
+    """A digest of what the client shows of itself."""
     shown = (
         request.COOKIES.get(settings.SESSION_COOKIE_NAME, ""),
         request.headers.get("Authorization", ""),

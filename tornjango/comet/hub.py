@@ -75,7 +75,7 @@ class Hub:
             self._outbox = Outbox(
                 broker, most=config.PUBLISH_QUEUE, known=self._known, report=self._report
             )
-        self.listen(REVOKED, self._note_revocation)
+        self.listen(REVOKED, self._tell_revocation)
 
     # Publishing
 
@@ -109,6 +109,8 @@ class Hub:
             internal = self._listeners.get(message.channel)
             limits = channels.limits(message.channel) if internal is None else internal[0]
             self._logs.append(limits, message)
+            if message.channel == REVOKED.name:
+                self._remember_revocation(message)
 
     def _tell(self, messages: Sequence[Message]) -> None:
         for message in messages:
@@ -218,13 +220,16 @@ class Hub:
             return True
         return granted.offset < self._revoked.get(name, self._revoked_floor)
 
-    def _note_revocation(self, message: Message) -> None:
+    def _remember_revocation(self, message: Message) -> None:
+        """In one step with its append: no reader has what was published after it, and does not know of it."""
         name = str(message.data)
         self._revoked[name] = message.offset
         self._revoked.move_to_end(name)
         if len(self._revoked) > REVOCATIONS:
             self._revoked_floor = self._revoked.popitem(last=False)[1]
-        self.waiters.notify({name})
+
+    def _tell_revocation(self, message: Message) -> None:
+        self.waiters.notify({str(message.data)})
 
     # The broker's tail
 
