@@ -53,12 +53,16 @@ class Grant(NamedTuple):
 NOTHING = Grant(Position(b"", 0), 0, frozenset())
 
 
-def issue(request: HttpRequest, position: Position, names: Iterable[str]) -> str:
-    """A grant for these channels, for ``TORNJANGO["COMET"]["GRANT_TTL"]`` seconds, or a little less."""
+def expiry() -> int:
+    """When a yes that is said now ends to count: in ``TORNJANGO["COMET"]["GRANT_TTL"]`` seconds, or a little before."""
     ttl = get_config().COMET.GRANT_TTL
     # In steps: a crowd that shows nothing of itself has one grant, and one signature.
     step = max(1, int(ttl * _STEP))
-    expires = int(time.time() + ttl) // step * step
+    return int(time.time() + ttl) // step * step
+
+
+def issue(request: HttpRequest, position: Position, expires: int, names: Iterable[str]) -> str:
+    """A grant for these channels, whose authorisers have said yes."""
     head = _HEAD.pack(binding(request), *position, expires)
     payload = head + b"".join(sorted(cursors.digest(name) for name in names))
     return _signed(payload, cursors.keys())

@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
-from django.http import HttpRequest
+from django.core.exceptions import PermissionDenied
+from django.http import Http404, HttpRequest
+from django.utils.functional import SimpleLazyObject, empty
 
 from tornjango.comet import channels, cursors, grants
 from tornjango.comet.hub import Hub, get_hub
-from tornjango.comet.log import Audience, Channel, Message, Position
+from tornjango.comet.log import Audience, Channel, Message, Position, Reading
 from tornjango.comet.waiters import Waiter
+from tornjango.conf import get_config
+from tornjango.exceptions import ChannelForbidden, CometError
+
+#: What a client may call itself, in characters.
+MAX_CLIENT_LENGTH = 64
+
+# What a crowd is told is made once, and is in memory once however slow its clients are. A crowd is answered in one go, so
+# few are kept: each may have BYTES_PER_ANSWER.
+_REMEMBERED = 8
+
+# Of the time that a yes counts: readers that came together should not all ask again together.
+_EARLIER = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +52,43 @@ class Answer:
 
     def json(self) -> bytes:
         """The answer as the browser client takes it, on every transport; messages are not encoded again."""
-        grant = b"" if self.grant is None else b',"grant":%s' % json.dumps(self.grant).encode()
-        return b'{"messages":[%s],"cursor":%s,"gaps":%s,"more":%s,"retry":%d%s}' % (
-            b",".join([message.body for message in self.messages]),
-            json.dumps(self.cursor).encode(),
-            json.dumps(self.gaps).encode(),
-            b"true" if self.more else b"false",
-            self.retry,
-            grant,
-        )
+        bodies = tuple([message.body for message in self.messages])
+        gaps = tuple(self.gaps)
+        return _encode(bodies, self.cursor, gaps, self.more, self.retry, self.grant)
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _encode(
+    bodies: tuple[bytes, ...],
+    cursor: str,
+    gaps: tuple[str, ...],
+    more: bool,
+    retry: int,
+    grant: str | None,
+) -> bytes:
+    return b'{"messages":[%s],"cursor":%s,"gaps":%s,"more":%s,"retry":%d%s}' % (
+        b",".join(bodies),
+        json.dumps(cursor).encode(),
+        json.dumps(gaps).encode(),
+        b"true" if more else b"false",
+        retry,
+        b"" if grant is None else b',"grant":%s' % json.dumps(grant).encode(),
+    )
+
+
+class _Yes(NamedTuple):
+    """What an authoriser has said: where the logs stood then, and until when it counts, in seconds since 1970."""
+
+    position: Position
+    expires: int
 
 
 class Reader:
     """Follows channels for one client, from its cursor on. On one event loop, by one task at a time.
 
     With ``request`` None the caller vouches: no authoriser is asked, and messages for some only are not for this reader.
-    ``client`` is what the client calls itself, on whatever transport; a newer reader of the same name takes its place.
+    ``client`` is what the client calls itself, on whatever transport; a newer reader of the same name, with the same
+    session, takes its place. Raises CometError where that is too long.
     """
 
     def __init__(
@@ -63,7 +101,7 @@ class Reader:
     ) -> None:
         self.request = request
         self.transport = transport
-        self.client = client
+        self.client = _own_name(request, client)
         self.hub: Hub = get_hub()
         self.channels: dict[str, channels.Match] = {}
         self.superseded = False
@@ -71,7 +109,8 @@ class Reader:
         self.is_new = False
         self._positions: dict[Channel, Position] = {}
         self._grant = grants.NOTHING if request is None else grants.read(request, grant)
-        self._granted: dict[str, Position] = {}
+        self._granted: dict[str, _Yes] = {}
+        self._earlier = random.uniform(0, _EARLIER) * get_config().COMET.GRANT_TTL
         self._new_grant = False
         self._identity: _Identity | None = None
         self._waiter: Waiter | None = None
@@ -139,41 +178,63 @@ class Reader:
         for match in matches:
             name = match.channel.name
             if self._grant.covers(name) and not self.hub.revoked_since(name, self._grant.position):
-                self._granted[name] = self._grant.position
+                self._granted[name] = _Yes(self._grant.position, self._grant.expires)
             else:
                 asked.append(match)
         if asked:
             await channels.authorise(self.request, asked)
-            self._granted |= {match.channel.name: present for match in asked}
-            self._new_grant = True
+            self._take_yes(asked, present)
+
+    def _take_yes(self, matches: Iterable[channels.Match], present: Position) -> None:
+        yes = _Yes(present, grants.expiry())
+        self._granted |= {match.channel.name: yes for match in matches}
+        self._new_grant = True
+
+    def _revoked(self) -> set[str]:
+        return {
+            name
+            for name, yes in self._granted.items()
+            if self.hub.revoked_since(name, yes.position)
+        }
+
+    def _expired(self) -> set[str]:
+        soon = time.time() + self._earlier
+        return {name for name, yes in self._granted.items() if soon >= yes.expires}
 
     async def _authorise_again(self) -> None:
-        """Asks for the channels that were revoked since. Raises ChannelForbidden, and then follows those no longer."""
-        if self.request is None:
+        """Raises ChannelForbidden where a channel may be read no longer: it is followed no longer, either."""
+        doubtful = self._revoked() | self._expired()
+        if not doubtful:
             return
-        revoked = [
-            match
-            for name, match in self.channels.items()
-            if self.hub.revoked_since(name, self._granted[name])
-        ]
-        if not revoked:
-            return
+        assert self.request is not None
+        _forget_user(self.request)
+        self._identity = None
+        await self.hub.ready()
         present = self.hub.present()
-        try:
-            await channels.authorise(self.request, revoked)
-        except BaseException:
-            self.leave([match.channel.name for match in revoked])
-            raise
-        self._granted |= {match.channel.name: present for match in revoked}
-        self._new_grant = True
+        refused: list[str] = []
+        for match in [self.channels[name] for name in sorted(doubtful)]:
+            try:
+                await channels.authorise(self.request, [match])
+            except (ChannelForbidden, PermissionDenied, Http404):
+                refused.append(match.channel.name)
+            else:
+                self._take_yes([match], present)
+        if refused:
+            self.leave(refused)
+            raise ChannelForbidden(
+                f"This request may no longer read {', '.join(map(repr, refused))}.", refused
+            )
 
     def _take_grant(self) -> str | None:
         if not self._new_grant or self.request is None:
             return None
         self._new_grant = False
         epoch = self.hub.present().epoch
-        oldest = min((it.offset for it in self._granted.values() if it.epoch == epoch), default=0)
-        return grants.issue(self.request, Position(epoch, oldest), self.channels)
+        given = [yes.position for yes in self._granted.values()]
+        oldest = min((position.offset for position in given if position.epoch == epoch), default=0)
+        # One that is added makes none of the others count for longer.
+        expires = min((yes.expires for yes in self._granted.values()), default=0)
+        return grants.issue(self.request, Position(epoch, oldest), expires, self.channels)
 
     # What comes
 
@@ -185,8 +246,9 @@ class Reader:
     async def next(self, timeout: float) -> Answer:  # noqa: ASYNC109 (as in `comet.wait`)
         """Waits, inside of `parked`, until there is something for this reader, or something to be said.
 
-        Returns with empty ``messages`` after ``timeout`` seconds, when the server is stopping, and when it was superseded.
-        Raises ChannelForbidden when a channel was revoked, and the authoriser now says no: it is not followed any more.
+        Returns with empty ``messages`` after ``timeout`` seconds, when the server is stopping, and when it was superseded:
+        what comes then is for the newer reader. Raises ChannelForbidden when a channel was revoked, or the last yes is
+        older than ``TORNJANGO["COMET"]["GRANT_TTL"]``, and the authoriser now says no: it is not followed any more.
         """
         assert self._waiter is not None
         loop = asyncio.get_running_loop()
@@ -194,12 +256,14 @@ class Reader:
         while True:
             await self._authorise_again()
             reading = await self.hub.read(self._positions, deadline)
-            self._positions = {
-                channel: reading.positions[channel.name] for channel in self._positions
-            }
             messages = reading.messages
             if any(message.audience is not None for message in messages):
                 messages = await self._for_me(messages)
+            if self.superseded:
+                return Answer([], self.cursor, [], False, self.hub.waiters.retry())
+            if self._revoked():
+                continue  # while this was read: who is refused hears nothing that was published after
+            self._advance(reading)
             draining = self.hub.waiters.draining
             over = draining or self.superseded or loop.time() >= deadline
             if messages or reading.gaps or over:
@@ -209,11 +273,39 @@ class Reader:
             if not reading.more:
                 await self._waiter.wait(deadline)
 
+    def _advance(self, reading: Reading) -> None:
+        # What was added or left meanwhile, is not touched.
+        for channel in self._positions:
+            self._positions[channel] = reading.positions.get(channel.name, self._positions[channel])
+
     async def _for_me(self, messages: Iterable[Message]) -> list[Message]:
         if self._identity is None:
             self._identity = await _identify(self.request)
         identity = self._identity
         return [message for message in messages if identity.is_in(message.audience)]
+
+
+def _own_name(request: HttpRequest | None, client: str | None) -> str | None:
+    """One that nobody can guess who does not have the session: else one client could end the readers of another."""
+    if not client:
+        return None
+    if len(client) > MAX_CLIENT_LENGTH:
+        raise CometError(
+            f"What the client calls itself has {len(client)} characters; the most is {MAX_CLIENT_LENGTH}."
+        )
+    return client if request is None else f"{grants.binding(request).hex()}:{client}"
+
+
+def _forget_user(request: HttpRequest) -> None:
+    """Has the request's user and session read afresh: they are as old as the request, which may have come hours ago."""
+    user = request.__dict__.get("user")
+    if isinstance(user, SimpleLazyObject):
+        user._wrapped = empty
+    for cached in ("_cached_user", "_acached_user"):
+        request.__dict__.pop(cached, None)
+    session: Any = request.__dict__.get("session")
+    if session is not None and not session.modified:
+        session.__dict__.pop("_session_cache", None)
 
 
 @dataclass(frozen=True, slots=True)
