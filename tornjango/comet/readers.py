@@ -41,6 +41,9 @@ class Answer:
     ``gaps`` names the channels that have lost messages this reader has not seen: fetch their state afresh. ``more`` says
     that further messages are there at once, ``retry`` in how many milliseconds to come back: 0 but when the server stops.
     ``grant``, where there is one, is to be shown from now on, that authorisers need not be asked each time.
+
+    ``at`` tells where the reader stands in each of its channels, for a client that puts the answers of several readers
+    together, as tabs do that share one connection: in JSON as offsets, under one ``epoch``, beside each message's own.
     """
 
     messages: list[Message]
@@ -49,29 +52,44 @@ class Answer:
     more: bool
     retry: int
     grant: str | None = None
+    at: tuple[tuple[str, Position], ...] = ()
 
     def json(self) -> bytes:
         """The answer as the browser client takes it, on every transport; messages are not encoded again."""
         bodies = tuple([message.body for message in self.messages])
+        offsets = tuple([message.offset for message in self.messages])
         gaps = tuple(self.gaps)
-        return _encode(bodies, self.cursor, gaps, self.more, self.retry, self.grant)
+        return _encode(
+            bodies, offsets, self.cursor, gaps, self.more, self.retry, self.grant, self.at
+        )
 
 
 @lru_cache(maxsize=_REMEMBERED)
 def _encode(
     bodies: tuple[bytes, ...],
+    offsets: tuple[int, ...],
     cursor: str,
     gaps: tuple[str, ...],
     more: bool,
     retry: int,
     grant: str | None,
+    at: tuple[tuple[str, Position], ...],
 ) -> bytes:
-    return b'{"messages":[%s],"cursor":%s,"gaps":%s,"more":%s,"retry":%d%s}' % (
+    epoch = at[0][1].epoch.hex() if at else ""
+    places = json.dumps({name: position.offset for name, position in at}, separators=(",", ":"))
+    text = (
+        b'{"messages":[%s],"offsets":[%s],"cursor":%s,"gaps":%s,"more":%s,"retry":%d,'
+        b'"epoch":"%s","at":%s%s}'
+    )
+    return text % (
         b",".join(bodies),
+        ",".join(map(str, offsets)).encode(),
         json.dumps(cursor).encode(),
         json.dumps(gaps).encode(),
         b"true" if more else b"false",
         retry,
+        epoch.encode(),
+        places.encode(),
         b"" if grant is None else b',"grant":%s' % json.dumps(grant).encode(),
     )
 
@@ -190,16 +208,17 @@ class Reader:
         self._granted |= {match.channel.name: yes for match in matches}
         self._new_grant = True
 
+    def _said(self) -> dict[str, _Yes]:
+        """Of the channels that it follows; empty where nobody is asked."""
+        return {name: self._granted[name] for name in self.channels if name in self._granted}
+
     def _revoked(self) -> set[str]:
-        return {
-            name
-            for name, yes in self._granted.items()
-            if self.hub.revoked_since(name, yes.position)
-        }
+        said = self._said().items()
+        return {name for name, yes in said if self.hub.revoked_since(name, yes.position)}
 
     def _expired(self) -> set[str]:
         soon = time.time() + self._earlier
-        return {name for name, yes in self._granted.items() if soon >= yes.expires}
+        return {name for name, yes in self._said().items() if soon >= yes.expires}
 
     async def _authorise_again(self) -> None:
         """Raises ChannelForbidden where a channel may be read no longer: it is followed no longer, either."""
@@ -230,10 +249,12 @@ class Reader:
             return None
         self._new_grant = False
         epoch = self.hub.present().epoch
-        given = [yes.position for yes in self._granted.values()]
-        oldest = min((position.offset for position in given if position.epoch == epoch), default=0)
+        said = self._said().values()
+        oldest = min(
+            (yes.position.offset for yes in said if yes.position.epoch == epoch), default=0
+        )
         # One that is added makes none of the others count for longer.
-        expires = min((yes.expires for yes in self._granted.values()), default=0)
+        expires = min((yes.expires for yes in said), default=0)
         return grants.issue(self.request, Position(epoch, oldest), expires, self.channels)
 
     # What comes
@@ -242,6 +263,10 @@ class Reader:
     def cursor(self) -> str:
         """Where it stands."""
         return cursors.encode({channel.name: at for channel, at in self._positions.items()})
+
+    @property
+    def _at(self) -> tuple[tuple[str, Position], ...]:
+        return tuple([(channel.name, at) for channel, at in self._positions.items()])
 
     async def next(self, timeout: float) -> Answer:  # noqa: ASYNC109 (as in `comet.wait`)
         """Waits, inside of `parked`, until there is something for this reader, or something to be said.
@@ -260,7 +285,8 @@ class Reader:
             if any(message.audience is not None for message in messages):
                 messages = await self._for_me(messages)
             if self.superseded:
-                return Answer([], self.cursor, [], False, self.hub.waiters.retry())
+                retry = self.hub.waiters.retry()
+                return Answer([], self.cursor, [], False, retry, at=self._at)
             if self._revoked():
                 continue  # while this was read: who is refused hears nothing that was published after
             self._advance(reading)
@@ -269,7 +295,8 @@ class Reader:
             if messages or reading.gaps or over:
                 retry = self.hub.waiters.retry()
                 grant = self._take_grant()
-                return Answer(messages, self.cursor, reading.gaps, reading.more, retry, grant)
+                gaps, more = reading.gaps, reading.more
+                return Answer(messages, self.cursor, gaps, more, retry, grant, self._at)
             if not reading.more:
                 await self._waiter.wait(deadline)
 
