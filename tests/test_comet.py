@@ -282,8 +282,10 @@ async def test_answer_is_the_json_that_clients_take(channel: str) -> None:
     cursor = comet.cursor(channel)
     comet.publish(channel, "é \u2028 </script>")
     answer = await comet.wait(None, cursor, channel)
+    ((_, at),) = answer.at
     expected = f'{{"messages":[{{"channel":"{channel}","event":null,"data":"é \u2028 </script>"}}],'
-    expected += f'"cursor":"{answer.cursor}","gaps":[],"more":false,"retry":0}}'
+    expected += f'"offsets":[{at.offset}],"cursor":"{answer.cursor}","gaps":[],"more":false,"retry":0,'
+    expected += f'"epoch":"{at.epoch.hex()}","at":{{"{channel}":{at.offset}}}}}'
     assert answer.json().decode() == expected
 
 
