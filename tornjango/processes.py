@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
-from tornjango import supervisor
+from tornjango import comet, supervisor
 from tornjango.access import Answer
 from tornjango.conf import Config
 from tornjango.server import Server, on_signals, run
@@ -71,13 +71,19 @@ def _first_environment() -> dict[str, str]:
 class ThisWorker:
     """This process as one of a master's workers: the sockets it serves on, and its line to the master."""
 
-    def __init__(self, number: int, channel: int, sockets: list[int]) -> None:
+    def __init__(
+        self, number: int, channel: int, sockets: list[int], predecessor: int | None
+    ) -> None:
         self.number = number
+        #: The line to the worker whose place this one takes, if it does.
+        self.predecessor = socket.socket(fileno=predecessor) if predecessor is not None else None
         self.sockets = [socket.socket(fileno=descriptor) for descriptor in sockets]
         self.channel = socket.socket(fileno=channel)
         for inherited in (*self.sockets, self.channel):
             inherited.set_inheritable(False)
             inherited.setblocking(False)
+        if self.predecessor is not None:
+            self.predecessor.set_inheritable(False)
         self._stopping = False
 
     def serve(self, server: Server) -> None:
@@ -91,7 +97,7 @@ class ThisWorker:
             signal.SIGHUP: _nothing,
         }
         with on_signals(handlers):
-            run(server, self._serves)
+            run(server, self._serves, self._take_over)
 
     def _stop(self) -> None:
         """Once, though a service manager may send a signal to all processes, and the master one more."""
@@ -99,9 +105,19 @@ class ThisWorker:
             self._stopping = True
             self.server.stop()
 
-    def _serves(self, server: Server) -> None:
+    async def _take_over(self, server: Server) -> None:
+        """What the worker before has in memory it hands over when it is told to leave: so this one says first that it is ready."""
+        if self.predecessor is not None:
+            self._say_ready(server)
+            await comet.take_over(self.predecessor)
+
+    def _say_ready(self, server: Server) -> None:
         asyncio.get_running_loop().add_reader(self.channel, self._hear)
         self._say(f"ready {server.config.GRACEFUL_TIMEOUT}")
+
+    def _serves(self, server: Server) -> None:
+        if self.predecessor is None:
+            self._say_ready(server)
         if server.config.MAX_REQUESTS:
             self._left = _share(server.config.MAX_REQUESTS)
             server.application.observers.append(self._count)
@@ -117,10 +133,12 @@ class ThisWorker:
 
     def _hear(self) -> None:
         try:
-            words = self.channel.recv(4096)
+            words, lines, _, _ = socket.recv_fds(self.channel, 4096, 1)
         except ConnectionResetError:
-            words = b""
+            words, lines = b"", []
         if words:  # there is one thing to be told
+            for line in lines:  # to the worker that takes this one's place
+                comet.hand_over(socket.socket(fileno=line))
             self.server.leave()
             return
         asyncio.get_running_loop().remove_reader(self.channel)

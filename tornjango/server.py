@@ -12,7 +12,7 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from signal import SIGINT, SIGQUIT, SIGTERM
 from typing import Any, ClassVar, NoReturn
@@ -59,14 +59,23 @@ class Server:
         self._streams_end = False
         self._hurry: asyncio.Future[None] | None = None
 
-    async def serve(self, begun: Callable[[Server], None] | None = None) -> None:
-        """Returns when ``stop`` was called and everything is closed; ``begun`` is called when requests can come."""
+    async def serve(
+        self,
+        begun: Callable[[Server], None] | None = None,
+        prepare: Callable[[Server], Awaitable[None]] | None = None,
+    ) -> None:
+        """Returns when ``stop`` was called and everything is closed; ``begun`` is called when requests can come.
+
+        ``prepare`` is awaited before: all that is to be done in this process is done, but taking them on.
+        """
         self._loop = asyncio.get_running_loop()
         self._hurry = self._loop.create_future()
         self.application.workers.install(self._loop)
         green.serve(self._loop)
         http = HTTP1Server(self.application, self.config, self.application.refused)
         comet.start()
+        if prepare is not None:
+            await prepare(self)
         await http.start(self.sockets, self.tls)
         try:
             monitor = self.application.monitor
@@ -243,16 +252,24 @@ def _serve_alone(server: Server) -> None:
         run(server)
 
 
-def run(server: Server, begun: Callable[[Server], None] | None = None) -> None:
+def run(
+    server: Server,
+    begun: Callable[[Server], None] | None = None,
+    prepare: Callable[[Server], Awaitable[None]] | None = None,
+) -> None:
     """Serves, in a process that has nothing else to do: it ends with the server.
 
     Python would wait without end for a worker thread whose call does not return.
     """
-    asyncio.run(_serve_and_go(server, begun))
+    asyncio.run(_serve_and_go(server, begun, prepare))
 
 
-async def _serve_and_go(server: Server, begun: Callable[[Server], None] | None) -> None:
-    await server.serve(begun)
+async def _serve_and_go(
+    server: Server,
+    begun: Callable[[Server], None] | None,
+    prepare: Callable[[Server], Awaitable[None]] | None,
+) -> None:
+    await server.serve(begun, prepare)
     if calls := server.application.workers.pool.unfinished:
         _go_at_once(calls, 0)
 

@@ -21,7 +21,7 @@ import random
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -54,6 +54,8 @@ class Worker:
     pid: int
     channel: socket.socket
     relieves: Worker | None
+    #: What that one is to be given: its end of a line to this one.
+    line: socket.socket | None
     began: float
     state: State = State.BOOTING
     #: How long its requests in flight may take when it ends; it says so when it is ready.
@@ -118,35 +120,42 @@ class Supervisor:
         if self.stopping:
             return
         ours, theirs = socket.socketpair()
+        line, predecessor = (None, None) if relieves is None else socket.socketpair()
         try:
-            pid = self._spawn(number, theirs.fileno())
+            pid = self._spawn(number, theirs, predecessor)
         except OSError as exc:  # no more processes, or no memory
             ours.close()
+            _close(line)
             logger.error("Worker %d could not be started: %s", number, exc)
             self._start_later(number, relieves)
             return
         finally:
             theirs.close()
+            _close(predecessor)
         ours.setblocking(False)
-        worker = Worker(number, pid, ours, relieves, self._loop.time())
+        worker = Worker(number, pid, ours, relieves, line, self._loop.time())
         self.workers[pid] = worker
         self._loop.add_reader(ours, self.hear, worker)
 
-    def _spawn(self, number: int, channel: int) -> int:
+    def _spawn(self, number: int, channel: socket.socket, predecessor: socket.socket | None) -> int:
         """A new program, not a mere fork: it starts with nothing of this process but the sockets."""
-        place = {"number": number, "channel": channel, "sockets": self.sockets}
+        lines = {
+            "channel": channel.fileno(),
+            "predecessor": None if predecessor is None else predecessor.fileno(),
+        }
+        place = {"number": number, "sockets": self.sockets, **lines}
         environment = {**os.environ, WORKER: json.dumps(place)}
         # Until the child has its own ways with signals, it would tell this process's loop of them.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             pid = os.fork()
             if pid == 0:
-                self._become_worker(channel, environment)
+                self._become_worker(lines.values(), environment)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return pid
 
-    def _become_worker(self, channel: int, environment: dict[str, str]) -> NoReturn:
+    def _become_worker(self, lines: Iterable[int | None], environment: dict[str, str]) -> NoReturn:
         try:
             signal.set_wakeup_fd(-1)
             for number in SIGNALS:
@@ -156,7 +165,9 @@ class Supervisor:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             os.chdir(self.folder)
-            os.set_inheritable(channel, True)
+            for line in lines:
+                if line is not None:
+                    os.set_inheritable(line, True)
             os.execve(self.command[0], self.command, environment)
         except OSError as exc:
             os.write(2, f"{self.command[0]} cannot be run in {self.folder}: {exc}\n".encode())
@@ -188,8 +199,10 @@ class Supervisor:
         self._ever_ready = True
         logger.info("%s serves", worker)
         old, worker.relieves = worker.relieves, None
+        line, worker.line = worker.line, None
         if old is not None and old.pid in self.workers:
-            self.relieve(old)
+            self.relieve(old, line)
+        _close(line)
         self._replace_next()
 
     def replace(self, worker: Worker) -> None:
@@ -199,12 +212,12 @@ class Supervisor:
     def _is_serving(self, worker: Worker) -> bool:
         return worker.state is State.SERVING and self.workers.get(worker.pid) is worker
 
-    def relieve(self, worker: Worker) -> None:
-        """Tells it to leave when it has answered those that it has accepted."""
+    def relieve(self, worker: Worker, line: socket.socket | None) -> None:
+        """Tells it to leave when it has answered those that it has accepted, with a line to whoever takes its place."""
         worker.state = State.LEAVING
         logger.info("%s is replaced", worker)
         try:
-            worker.channel.send(b"leave\n")
+            socket.send_fds(worker.channel, [b"leave\n"], [] if line is None else [line.fileno()])
         except OSError:  # it is dying
             worker.kill(signal.SIGTERM)
         self._kill_later(worker)
@@ -246,6 +259,7 @@ class Supervisor:
             worker.killing.cancel()
         self._loop.remove_reader(worker.channel)
         worker.channel.close()
+        _close(worker.line)
 
     def ended(self, worker: Worker, code: int) -> None:
         how = _how(code)
@@ -351,6 +365,11 @@ class Supervisor:
         while self.files:
             path, made = self.files.pop()
             _remove(path, made)
+
+
+def _close(line: socket.socket | None) -> None:
+    if line is not None:
+        line.close()
 
 
 def _remove(path: str, made: list[int]) -> None:

@@ -10,7 +10,9 @@ path("comet/", include("tornjango.comet.urls"))
 
 from __future__ import annotations
 
+import os
 import random
+import socket
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +66,9 @@ __all__ = [
 
 # Readers that came together (a deploy, a network that is back) should not time out together for ever.
 _EARLIEST_TIMEOUT = 0.9
+
+#: The environment variable with the file by which a process hands its memory's messages to the next, in development.
+KEPT = "TORNJANGO_COMET"
 
 
 def publish(
@@ -238,13 +243,41 @@ def drain() -> int:
 
 
 def start() -> None:
-    """For the server: this process follows the broker from now on, if the project has channels."""
+    """For the server: this process follows the broker from now on, if the project has channels.
+
+    With the memory for a broker, it goes on with what `stop` has kept in a process before.
+    """
     if _channels.patterns():
         get_hub().start()
+    if _keeps_messages() and (path := os.environ.get(KEPT)):
+        get_hub().load(path)
+
+
+def hand_over(line: socket.socket) -> None:
+    """For a worker that leaves: its memory's messages go to the one that takes its place, by a line that both have."""
+    if _keeps_messages():
+        get_hub().hand_over(line)
+    else:
+        line.close()
+
+
+async def take_over(line: socket.socket) -> None:
+    """For a worker that takes another's place: returns when that one has handed over, or has not in time."""
+    if _keeps_messages():
+        get_hub().expect(line)
+        await ready()
+    else:
+        line.close()
+
+
+def _keeps_messages() -> bool:
+    return bool(_channels.patterns()) and get_hub().broker is None
 
 
 async def stop() -> None:
     """For the server, when nothing is served any more: what waits for the broker is published, and its threads end."""
+    if _keeps_messages() and (path := os.environ.get(KEPT)):
+        get_hub().save(path)
     await _hub.aclose(get_config().COMET.PUBLISH_TIMEOUT)
 
 

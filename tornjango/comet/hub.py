@@ -11,17 +11,21 @@ import asyncio
 import logging
 import os
 import random
+import socket
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from operator import attrgetter
 from typing import Any
 
 from tornjango.comet import brokers, channels
 from tornjango.comet.brokers.base import Broker, Draft
 from tornjango.comet.brokers.memory import MemoryBroker
-from tornjango.comet.log import Channel, Limits, Logs, Message, Position, Reading
+from tornjango.comet.handover import Inheritance, Successor, read, write
+from tornjango.comet.log import Channel, Limits, Logs, Message, Position, Reading, Snapshot
 from tornjango.comet.outbox import FIRST_PAUSE, LAST_PAUSE, Outbox
 from tornjango.comet.waiters import Waiters
 from tornjango.conf import CometConfig, get_config
@@ -67,7 +71,9 @@ class Hub:
         self._revoked_floor = 0
         #: Why the broker cannot be reached, and since when (of the monotonic clock); None while it can.
         self.lost: tuple[str, float] | None = None
+        self._config = config
         self._outbox: Outbox | None = None
+        self._successor: Successor | None = None
         if self._memory is not None:
             self._logs.restart(self._memory.end)
             self._begun.set()
@@ -84,17 +90,30 @@ class Hub:
 
         It fails with BrokerUnavailable after ``wait`` seconds. Raises Overloaded when too many messages wait already.
         """
-        if self._outbox is not None:
+        end = self._publish_here(drafts)
+        if end is None:
+            assert self._outbox is not None
             return self._outbox.put(drafts, wait)
-        assert self._memory is not None
         done: Future[Position] = Future()
-        with self._lock:
-            messages = self._memory.number(drafts)
-            self._append(messages)
-            end = self._logs.end
-        self._tell(messages)
         done.set_result(end)
         return done
+
+    def _publish_here(self, drafts: Sequence[Draft]) -> Position | None:
+        """None where a broker numbers the messages, or the process that has taken over."""
+        if self._outbox is not None:
+            return None
+        with self._lock:
+            if self._outbox is not None:
+                return None
+            messages, end = self._number(drafts), self._logs.end
+        self._tell(messages)
+        return end
+
+    def _number(self, drafts: Sequence[Draft]) -> list[Message]:
+        assert self._memory is not None
+        messages = self._memory.number(drafts)
+        self._append(messages)
+        return messages
 
     def listen(self, channel: Channel, listener: Listener) -> None:
         """Has ``listener`` called with each message of an internal channel, from any process, as it is delivered.
@@ -106,11 +125,13 @@ class Hub:
 
     def _append(self, messages: Iterable[Message]) -> None:
         for message in messages:
-            internal = self._listeners.get(message.channel)
-            limits = channels.limits(message.channel) if internal is None else internal[0]
-            self._logs.append(limits, message)
+            self._logs.append(self._limits(message.channel), message)
             if message.channel == REVOKED.name:
                 self._remember_revocation(message)
+
+    def _limits(self, name: str) -> Limits:
+        internal = self._listeners.get(name)
+        return channels.limits(name) if internal is None else internal[0]
 
     def _tell(self, messages: Sequence[Message]) -> None:
         for message in messages:
@@ -130,7 +151,7 @@ class Hub:
         self.start()
         deadline = time.monotonic() + Broker.TIMEOUT
         while not self._begun.is_set():
-            if time.monotonic() > deadline:
+            if self.broker is not None and time.monotonic() > deadline:
                 raise self._unavailable()
             await asyncio.sleep(0.02)
 
@@ -146,12 +167,14 @@ class Hub:
         if self._begun.is_set():
             with self._lock:
                 return self._logs.end
-        assert self.broker is not None
         if asyncio._get_running_loop() is not None:
             raise BrokerUnavailable(
                 "This process does not follow the COMET broker yet: await comet.ready() before."
             )
-        return self.broker.head()
+        if self.broker is not None:
+            return self.broker.head()
+        self._begun.wait()
+        return self.present()
 
     async def read(self, since: Mapping[Channel, Position], deadline: float) -> Reading:
         """What came after the given positions; never waits for news, but until ``deadline`` (of the loop) for the broker.
@@ -231,6 +254,12 @@ class Hub:
     def _tell_revocation(self, message: Message) -> None:
         self.waiters.notify({str(message.data)})
 
+    def _remember_revocations(self, floor: int, messages: Iterable[Message]) -> None:
+        self._revoked.clear()
+        self._revoked_floor = floor
+        for message in messages:
+            self._revoked[str(message.data)] = message.offset
+
     # The broker's tail
 
     def start(self) -> None:
@@ -300,10 +329,7 @@ class Hub:
         revocations = self.broker.backlog(REVOKED)
         with self._lock:
             self._logs.restart(end)
-            self._revoked.clear()
-            self._revoked_floor = revocations.floor
-            for message in revocations.messages:
-                self._revoked[str(message.data)] = message.offset
+            self._remember_revocations(revocations.floor, revocations.messages)
         self._begun.set()
         # Whoever is parked stands somewhere else now.
         self.waiters.notify(None)
@@ -320,7 +346,61 @@ class Hub:
     def stopped(self) -> bool:
         return self._stopping.is_set()
 
+    # The memory's, where one process takes over from another
+
+    def hand_over(self, line: socket.socket) -> None:
+        """Gives all there is to the process at the other end, which numbers from now on what is published here, too."""
+        with self._lock:
+            self._successor = Successor(line, self._logs.snapshot())
+            self._outbox = Outbox(
+                self._successor,
+                most=self._config.PUBLISH_QUEUE,
+                known=lambda: None,
+                report=lambda error: None,
+            )
+
+    def expect(self, line: socket.socket) -> None:
+        """Has readers wait until the process at the other end has handed over what it has, or has not."""
+        self._begun.clear()
+        Inheritance(line, self._inherit, lambda drafts: self.send(drafts, 0).result())
+
+    def save(self, path: str) -> None:
+        """As `hand_over`, to a process that comes later."""
+        with self._lock, open(path, "wb") as file:
+            write(self._logs.snapshot(), file)
+
+    def load(self, path: str) -> None:
+        """What `save` has written, once, if it has."""
+        with suppress(FileNotFoundError), open(path, "rb") as file:
+            os.unlink(path)
+            self._inherit(read(file))
+
+    def _inherit(self, snapshot: Snapshot | None) -> None:
+        if snapshot is not None:
+            with self._lock:
+                assert self._memory is not None
+                meanwhile = [
+                    it for _, _, messages in self._logs.snapshot().channels for it in messages
+                ]
+                self._logs.restore(snapshot, self._limits)
+                self._memory.end = snapshot.end
+                for name, floor, messages in snapshot.channels:
+                    if name == REVOKED.name:
+                        self._remember_revocations(floor, messages)
+                meanwhile.sort(key=attrgetter("offset"))
+                self._number([self._draft_again(message) for message in meanwhile])
+        self._begun.set()
+        self.waiters.notify(None)
+
+    def _draft_again(self, message: Message) -> Draft:
+        channel = Channel(message.channel, self._limits(message.channel))
+        return Draft(channel, message.body, message.audience)
+
     # Its end
+
+    @property
+    def has_threads(self) -> bool:
+        return self._outbox is not None or self._tail is not None
 
     def close(self, wait: float) -> None:
         """Publishes what waits to be, for as many seconds, and follows the broker no longer."""
@@ -332,6 +412,8 @@ class Hub:
             self._tail.join(Broker.TIMEOUT)
         if self.broker is not None:
             self.broker.close()
+        if self._successor is not None:
+            self._successor.close()
 
     def status(self) -> dict[str, Any]:
         """Numbers of this process: broker, channels, messages and bytes kept, published in all, polls parked."""
@@ -372,14 +454,14 @@ def close(wait: float) -> None:
     """Ends what the process's hub does in threads; the memory's logs stay."""
     global _hub
     with _making:
-        if _hub is not None and _hub[1].broker is not None:
+        if _hub is not None and _hub[1].has_threads:
             _hub[1].close(wait)
             _hub = None
 
 
 async def aclose(wait: float) -> None:
     """As `close`, beside the event loop; not in a worker, for those may all be busy."""
-    if _hub is None or _hub[1].broker is None:
+    if _hub is None or not _hub[1].has_threads:
         return
     loop = asyncio.get_running_loop()
     closed = loop.create_future()

@@ -18,7 +18,7 @@ from __future__ import annotations
 import heapq
 import json
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -92,6 +92,17 @@ class Backlog(NamedTuple):
     floor: int
 
 
+class Snapshot(NamedTuple):
+    """All that `Logs` hold, for another process: the channels by name, each with its floor and its messages, oldest first.
+
+    ``floor`` is that of channels without a log.
+    """
+
+    end: Position
+    floor: int
+    channels: list[tuple[str, int, list[Message]]]
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """What one read found: messages in order, and where each channel's reader now stands.
@@ -159,6 +170,9 @@ class Log:
             or now - self._messages[0].published >= limits.ttl
         )
 
+    def messages(self) -> list[Message]:
+        return list(self._messages)
+
     def since(self, offset: int) -> list[Message]:
         """The messages after ``offset``, oldest first."""
         # From the end, where readers are: most have seen all but the last few.
@@ -221,6 +235,23 @@ class Logs:
         self.start = self.sequence
         self._families = {}
         self._count = self._bytes = 0
+
+    def snapshot(self) -> Snapshot:
+        floor = max((family.floor for family in self._families.values()), default=self.start)
+        logs = [it for family in self._families.values() for it in family.logs.items()]
+        logs.sort(key=lambda named: named[1].touched)
+        return Snapshot(self.end, floor, [(name, log.floor, log.messages()) for name, log in logs])
+
+    def restore(self, snapshot: Snapshot, limits: Callable[[str], Limits]) -> None:
+        """Goes on with another process's logs, which had all there is, under the bounds that channels have here."""
+        self.restart(snapshot.end)
+        self.start = snapshot.floor
+        for name, floor, messages in snapshot.channels:
+            log = self._make(self._family(limits(name)), name, floor)
+            log.ends = True
+            for message in messages:
+                log.append(message)
+            self._bytes += log.size
 
     @property
     def end(self) -> Position:

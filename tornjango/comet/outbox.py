@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
-from tornjango.comet.brokers.base import Broker, Draft
+from tornjango.comet.brokers.base import Appender, Draft
 from tornjango.comet.log import Position
 from tornjango.exceptions import BrokerUnavailable, Overloaded
 
@@ -42,7 +42,7 @@ class Outbox:
 
     def __init__(
         self,
-        broker: Broker,
+        broker: Appender,
         *,
         most: int,
         known: Callable[[], Position | None],

@@ -15,6 +15,16 @@ class Draft(NamedTuple):
     audience: Audience | None = None
 
 
+class Appender(Protocol):
+    """What an outbox needs of a broker."""
+
+    @property
+    def name(self) -> str: ...
+
+    def append(self, batch: bytes, drafts: Sequence[Draft], known: Position | None) -> Position:
+        """As `Broker.append`."""
+
+
 class Sink(Protocol):
     """What a broker's tail fills: this process's logs."""
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import os
 import socket
 import ssl
 import sys
+import tempfile
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +19,7 @@ from django.core.management.base import CommandError, CommandParser
 from django.core.management.commands.runserver import Command as DjangosCommand
 from django.utils import autoreload
 
-from tornjango import __version__, checks, conf, reloader  # noqa: F401  checks: where the app is not installed
+from tornjango import __version__, checks, comet, conf, reloader  # noqa: F401  checks: where the app is not installed
 from tornjango.application import Application
 from tornjango.exceptions import ConfigurationError
 from tornjango.management.options import add_option, given
@@ -85,7 +88,15 @@ class Command(InstalledCommand):
 
     def run(self, **options: Any) -> None:
         reloader.install()
-        with stopped_at_exit():
+        with contextlib.ExitStack() as stack:
+            if (
+                options["use_reloader"]
+                and os.environ.get(autoreload.DJANGO_AUTORELOAD_ENV) != "true"
+            ):
+                # For the processes that it starts, one after another: what COMET has in memory outlives each.
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tornjango-"))
+                os.environ[comet.KEPT] = os.path.join(folder, "comet")
+            stack.enter_context(stopped_at_exit())
             super().run(**options)
 
     def inner_run(self, *args: Any, **options: Any) -> None:
