@@ -17,6 +17,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from contextlib import suppress
 from operator import attrgetter
 from typing import Any
@@ -64,13 +65,14 @@ class Hub:
         self._begun = threading.Event()
         self._stopping = threading.Event()
         self._tail: threading.Thread | None = None
-        self._fetches: dict[str, Future[None]] = {}
+        self._fetches: set[str] = set()
+        self._fetch_pause = FIRST_PAUSE
         # Not the workers: those may all be busy with what waits for this.
         self._fetchers = ThreadPoolExecutor(FETCHERS, "tornjango-backlog")
         self._revoked: OrderedDict[str, int] = OrderedDict()
         self._revoked_floor = 0
-        #: Why the broker cannot be reached, and since when (of the monotonic clock); None while it can.
-        self.lost: tuple[str, float] | None = None
+        self._losses: dict[str, tuple[str, float]] = {}
+        self._tail_pause = FIRST_PAUSE
         self._config = config
         self._outbox: Outbox | None = None
         self._successor: Successor | None = None
@@ -79,7 +81,7 @@ class Hub:
             self._begun.set()
         if broker is not None:
             self._outbox = Outbox(
-                broker, most=config.PUBLISH_QUEUE, known=self._known, report=self._report
+                broker, most=config.PUBLISH_QUEUE, known=self._known, report=partial(self._report, "publish")
             )
         self.listen(REVOKED, self._tell_revocation)
 
@@ -176,72 +178,70 @@ class Hub:
         self._begun.wait()
         return self.present()
 
-    async def read(self, since: Mapping[Channel, Position], deadline: float) -> Reading:
-        """What came after the given positions; never waits for news, but until ``deadline`` (of the loop) for the broker.
+    async def read(self, since: Mapping[Channel, Position]) -> Reading:
+        """What came after the given positions. Waits for nothing but the first `begin`.
 
-        What the broker has not given by then is as if there were nothing new: its readers stand where they stood.
+        The broker is asked for what is ``missing``; when it has answered, or could not, the readers of that channel are
+        woken. Until then they stand where they stood, as if there were nothing new.
         """
         await self.ready()
         config = get_config().COMET
-        tried = False
-        while True:
-            with self._lock:
-                reading = self._logs.read(
-                    since,
-                    now=time.monotonic(),
-                    count=config.MESSAGES_PER_ANSWER,
-                    size=config.BYTES_PER_ANSWER,
-                )
-            if not reading.missing or tried:
-                return reading
-            wanted = [channel for channel in since if channel.name in reading.missing]
-            tried = not await self._fetch(wanted, deadline)
-
-    async def _fetch(self, wanted: Sequence[Channel], deadline: float) -> bool:
-        """Whether the broker has answered."""
-        loop = asyncio.get_running_loop()
-        pause = FIRST_PAUSE
-        while True:
-            fetches = [asyncio.wrap_future(self._begin_fetch(channel)) for channel in wanted]
-            try:
-                await asyncio.gather(*map(asyncio.shield, fetches))
-            except BrokerUnavailable:
-                if loop.time() + pause > deadline:
-                    return False
-            else:
-                return True
-            await asyncio.sleep(random.uniform(pause / 2, pause))
-            pause = min(pause * 2, LAST_PAUSE)
-
-    def _begin_fetch(self, channel: Channel) -> Future[None]:
-        """One for all readers that come back to a channel at once, wherever they stood."""
         with self._lock:
-            fetch = self._fetches.get(channel.name)
-            if fetch is None:
-                fetch = self._fetches[channel.name] = self._fetchers.submit(
-                    self._run_fetch, channel
-                )
-            return fetch
+            reading = self._logs.read(
+                since,
+                now=time.monotonic(),
+                count=config.MESSAGES_PER_ANSWER,
+                size=config.BYTES_PER_ANSWER,
+            )
+            for channel in since:
+                if channel.name in reading.missing:
+                    self._begin_fetch(channel)
+        return reading
+
+    def _begin_fetch(self, channel: Channel) -> None:
+        """One for all readers that come back to a channel at once, wherever they stood."""
+        if channel.name not in self._fetches and not self._stopping.is_set():
+            self._fetchers.submit(self._run_fetch, channel)
+            self._fetches.add(channel.name)
 
     def _run_fetch(self, channel: Channel) -> None:
-        assert self.broker is not None
         try:
-            epoch = self._logs.epoch
-            backlog = self.broker.backlog(channel)
-            with self._lock:
-                if self._logs.epoch == epoch:  # else all that was asked is of no use any more
-                    self._logs.fill(channel, backlog, time.monotonic())
+            self._fetch(channel)
+        except BrokerUnavailable as error:
+            self._pause_fetches(error)
+        except Exception as error:
+            logger.exception("Fetching %r from the COMET broker failed", channel.name)
+            self._pause_fetches(BrokerUnavailable(str(error)))
         finally:
             with self._lock:
-                del self._fetches[channel.name]
+                self._fetches.discard(channel.name)
+            self.waiters.notify({channel.name})
+
+    def _fetch(self, channel: Channel) -> None:
+        assert self.broker is not None
+        with self._lock:
+            asked = self._logs.end
+        backlog = self.broker.backlog(channel)
+        with self._lock:
+            self._logs.fill(channel, backlog, asked, time.monotonic())
+        self._fetch_pause = FIRST_PAUSE
+        self._report("backlog", None)
+
+    def _pause_fetches(self, error: BrokerUnavailable) -> None:
+        """In its thread: woken readers ask again at once."""
+        self._report("backlog", error)
+        pause = self._fetch_pause
+        self._fetch_pause = min(pause * 2, LAST_PAUSE)
+        self._stopping.wait(random.uniform(pause / 2, pause))
 
     # Revoking
 
     def revoked_since(self, name: str, granted: Position) -> bool:
         """Whether a grant for a channel has ended that was given when the logs stood there."""
-        if granted.epoch != self._logs.epoch:
-            return True
-        return granted.offset < self._revoked.get(name, self._revoked_floor)
+        with self._lock:
+            if granted.epoch != self._logs.epoch:
+                return True
+            return granted.offset < self._revoked.get(name, self._revoked_floor)
 
     def _remember_revocation(self, message: Message) -> None:
         """In one step with its append: no reader has what was published after it, and does not know of it."""
@@ -275,38 +275,45 @@ class Hub:
 
     def _follow(self) -> None:
         assert self.broker is not None
-        pause = FIRST_PAUSE
         while not self._stopping.is_set():
             try:
                 self.broker.tail(self)
-                pause = FIRST_PAUSE
             except BrokerUnavailable as error:
-                self._report(error)
+                self._report("tail", error)
             except ConfigurationError as error:
-                self._report(BrokerUnavailable(str(error)))
+                self._report("tail", BrokerUnavailable(str(error)))
             except Exception as error:
                 logger.exception("Following the %s broker failed", self.broker.name)
-                self._report(BrokerUnavailable(str(error)))
-            if self.lost is None:
-                pause = FIRST_PAUSE
+                self._report("tail", BrokerUnavailable(str(error)))
+            pause = self._tail_pause
+            self._tail_pause = min(pause * 2, LAST_PAUSE)
             self._stopping.wait(random.uniform(pause / 2, pause))
-            pause = min(pause * 2, LAST_PAUSE)
 
-    def _report(self, error: BrokerUnavailable | None) -> None:
-        before = self.lost
-        if error is None:
-            self.lost = None
-        elif before is None:
-            self.lost = str(error), time.monotonic()
-            assert self.broker is not None
+    @property
+    def lost(self) -> tuple[str, float] | None:
+        """Why the broker cannot be reached, and since when (of the monotonic clock); None while it can."""
+        with self._lock:
+            return next(iter(self._losses.values()), None)
+
+    def _report(self, part: str, error: BrokerUnavailable | None) -> None:
+        """Of the tail, the outbox and what is fetched each has connections of its own: lost is what one of them has lost."""
+        assert self.broker is not None
+        with self._lock:
+            first = not self._losses
+            if error is not None:
+                self._losses.setdefault(part, (str(error), time.monotonic()))
+                loss = None
+            else:
+                loss = self._losses.pop(part, None)
+            last = not self._losses
+        if error is not None and first:
             logger.error(
                 "COMET has lost the %s broker; readers wait until it is back. %s",
                 self.broker.name,
                 error,
             )
-        if error is None and before is not None:
-            assert self.broker is not None
-            away = time.monotonic() - before[1]
+        if loss is not None and last:
+            away = time.monotonic() - loss[1]
             logger.warning("COMET has the %s broker back, after %.1f s", self.broker.name, away)
 
     def _known(self) -> Position | None:
@@ -314,7 +321,8 @@ class Hub:
 
     def _unavailable(self) -> BrokerUnavailable:
         assert self.broker is not None
-        reason = self.lost[0] if self.lost is not None else "It has not answered yet."
+        lost = self.lost
+        reason = "It has not answered yet." if lost is None else lost[0]
         return BrokerUnavailable(f"The {self.broker.name} broker is not there. {reason}")
 
     # What it is to the tail: a Sink
@@ -340,7 +348,8 @@ class Hub:
         self._tell(messages)
 
     def connected(self) -> None:
-        self._report(None)
+        self._tail_pause = FIRST_PAUSE
+        self._report("tail", None)
 
     @property
     def stopped(self) -> bool:
@@ -404,7 +413,8 @@ class Hub:
 
     def close(self, wait: float) -> None:
         """Publishes what waits to be, for as many seconds, and follows the broker no longer."""
-        self._stopping.set()
+        with self._lock:
+            self._stopping.set()
         if self._outbox is not None and (left := self._outbox.close(wait)):
             logger.error("%d messages were not published: the broker does not take them", left)
         self._fetchers.shutdown(wait=False, cancel_futures=True)
@@ -463,15 +473,18 @@ async def aclose(wait: float) -> None:
     """As `close`, beside the event loop; not in a worker, for those may all be busy."""
     if _hub is None or not _hub[1].has_threads:
         return
-    loop = asyncio.get_running_loop()
-    closed = loop.create_future()
+    closed: Future[None] = Future()
 
     def run() -> None:
-        close(wait)
-        loop.call_soon_threadsafe(closed.set_result, None)
+        try:
+            close(wait)
+        except Exception as error:  # noqa: BLE001 - raised where it is awaited
+            closed.set_exception(error)
+        else:
+            closed.set_result(None)
 
     threading.Thread(target=run, name="tornjango-close", daemon=True).start()
-    await closed
+    await asyncio.shield(asyncio.wrap_future(closed))
 
 
 def _forget() -> None:

@@ -28,6 +28,10 @@ EPOCH_BYTES = 8
 # A publish adds one log at most, so dropping a few at each keeps up, and none takes long.
 _DROPS_PER_APPEND = 8
 
+# Seconds for which a log stays without a message, at least. Readers that are parked, or between two polls, stand where they
+# stood before; with the log the process would forget that they have missed nothing.
+_LEAST_IDLE = 60
+
 
 class Limits(NamedTuple):
     """The bounds of one channel's log: messages, seconds, bytes.
@@ -86,10 +90,14 @@ class Message:
 
 
 class Backlog(NamedTuple):
-    """What a broker still has of one channel: every message after ``floor``, oldest first. Those up to it are forgotten."""
+    """What a broker still has of one channel: every message after ``floor``, oldest first. Those up to it are forgotten.
+
+    ``epoch`` is that of the numbers; None where the broker cannot tell.
+    """
 
     messages: list[Message]
     floor: int
+    epoch: bytes | None = None
 
 
 class Snapshot(NamedTuple):
@@ -275,16 +283,24 @@ class Logs:
         family.logs.move_to_end(message.channel)
         self._drop(message.published)
 
-    def fill(self, channel: Channel, backlog: Backlog, now: float) -> None:
-        """Takes what a broker has of a channel that was missing; newer messages are here, or will come."""
+    def fill(self, channel: Channel, backlog: Backlog, asked: Position, now: float) -> None:
+        """Takes what a broker has of a channel that was missing; newer messages are here, or will come.
+
+        The broker was asked when the end was ``asked``. What has been forgotten here since then is in neither: in that case
+        nothing is taken, and the channel is still missing.
+        """
         family = self._family(channel.limits)
         log = family.logs.get(channel.name)
+        known = family.floor if log is None else log.floor
+        if known > asked.offset or {asked.epoch, backlog.epoch or asked.epoch} != {self.epoch}:
+            return
         if log is None:
-            log = self._make(family, channel.name, self.sequence)
-            log.touched = now
+            log = self._make(family, channel.name, known)
         before = log.size
         log.fill(backlog)
         log.trim(channel.limits, now)
+        log.touched = max(log.touched, now)
+        family.logs.move_to_end(channel.name)
         self._bytes += log.size - before
         self._drop(now)
 
@@ -302,10 +318,13 @@ class Logs:
     def _drop(self, now: float) -> None:
         for family in self._families.values():
             for _ in range(_DROPS_PER_APPEND):
-                if not family.logs or now - family.oldest < family.limits.ttl:
+                if not family.logs or now - family.oldest < max(family.limits.ttl, _LEAST_IDLE):
                     break
                 self._drop_oldest(family)
-        while self._count > self._max_channels or self._bytes > self._max_bytes:
+        # Never the last one, which is within its channel's limits: its readers would fetch it again and again.
+        while self._count > 1 and (
+            self._count > self._max_channels or self._bytes > self._max_bytes
+        ):
             filled = (family for family in self._families.values() if family.logs)
             self._drop_oldest(min(filled, key=attrgetter("oldest")))
 
@@ -358,9 +377,11 @@ class Logs:
         before = log.size
         log.trim(channel.limits, now)
         self._bytes += log.size - before
-        if position.offset >= log.floor or (channel.limits.latest and log.ends):
-            news = log.since(position.offset)
-            return news[-1:] if channel.limits.latest else news
+        news = log.since(position.offset)
+        if channel.limits.latest and news:
+            return news[-1:]
+        if position.offset >= log.floor:
+            return news
         return _GAP if log.ends else _MISSING
 
     def status(self) -> dict[str, int]:

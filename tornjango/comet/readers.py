@@ -280,7 +280,7 @@ class Reader:
         deadline = loop.time() + timeout
         while True:
             await self._authorise_again()
-            reading = await self.hub.read(self._positions, deadline)
+            reading = await self.hub.read(self._positions)
             messages = reading.messages
             if any(message.audience is not None for message in messages):
                 messages = await self._for_me(messages)
