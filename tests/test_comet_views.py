@@ -49,6 +49,9 @@ def test_poll_brings_messages_and_the_cursor_to_continue_with(channel: str) -> N
     message = {"channel": channel, "event": "comment", "data": {"text": "Hello"}}
     assert answer.pop("cursor") != cursor
     assert answer.pop("grant")
+    (offset,) = answer.pop("offsets")
+    assert answer.pop("at") == {channel: offset}
+    assert len(answer.pop("epoch")) == 16
     assert answer == {"messages": [message], "gaps": [], "more": False, "retry": 0}
 
 
