@@ -107,6 +107,11 @@ class DjangoHandler(RequestHandler):
         """Whether its answer is on its way to the client already."""
         return self._sending.begun
 
+    @property
+    def heeds_drain(self) -> bool:
+        """Whether its answer is a stream that ends by itself when the server stops (`comet.drain`)."""
+        return getattr(self._django_request, "heeds_drain", False)
+
     # Its life
 
     async def _live(self) -> None:

@@ -160,7 +160,7 @@ class Server:
 
     def _end_streams(self) -> None:
         for handler in list(self.application.in_flight):
-            if handler.is_answering:
+            if handler.is_answering and not handler.heeds_drain:
                 handler.stop()
 
     def _end_all(self) -> None:
