@@ -17,8 +17,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from contextlib import suppress
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -56,6 +56,8 @@ class Hub:
         self.broker = broker
         self._memory = MemoryBroker() if broker is None else None
         self._lock = threading.Lock()
+        # Around it, where messages are numbered here: listeners hear them in their order, and may publish themselves.
+        self._telling = threading.RLock()
         self._logs = Logs(
             max_channels=config.MAX_CHANNELS,
             max_bytes=config.MAX_MEMORY,
@@ -81,7 +83,10 @@ class Hub:
             self._begun.set()
         if broker is not None:
             self._outbox = Outbox(
-                broker, most=config.PUBLISH_QUEUE, known=self._known, report=partial(self._report, "publish")
+                broker,
+                most=config.PUBLISH_QUEUE,
+                known=self._known,
+                report=partial(self._report, "publish"),
             )
         self.listen(REVOKED, self._tell_revocation)
 
@@ -104,11 +109,12 @@ class Hub:
         """None where a broker numbers the messages, or the process that has taken over."""
         if self._outbox is not None:
             return None
-        with self._lock:
-            if self._outbox is not None:
-                return None
-            messages, end = self._number(drafts), self._logs.end
-        self._tell(messages)
+        with self._telling:
+            with self._lock:
+                if self._outbox is not None:
+                    return None
+                messages, end = self._number(drafts), self._logs.end
+            self._tell(messages)
         return end
 
     def _number(self, drafts: Sequence[Draft]) -> list[Message]:
@@ -258,7 +264,7 @@ class Hub:
         self._revoked.clear()
         self._revoked_floor = floor
         for message in messages:
-            self._revoked[str(message.data)] = message.offset
+            self._remember_revocation(message)
 
     # The broker's tail
 
@@ -317,7 +323,12 @@ class Hub:
             logger.warning("COMET has the %s broker back, after %.1f s", self.broker.name, away)
 
     def _known(self) -> Position | None:
-        return self.end
+        """What the tail has brought, or the outbox has stored, whichever is newer: both have been shown to somebody."""
+        assert self._outbox is not None
+        end, stored = self.end, self._outbox.stored
+        if end is None or (stored is not None and stored.epoch == end.epoch):
+            return max(filter(None, (end, stored)), default=None)
+        return end
 
     def _unavailable(self) -> BrokerUnavailable:
         assert self.broker is not None

@@ -20,6 +20,8 @@ logger = logging.getLogger("tornjango.comet")
 BATCH_MESSAGES = 500
 BATCH_BYTES = 1024 * 1024
 
+STOPPED = "the server has stopped."
+
 # Pauses between attempts, in seconds.
 FIRST_PAUSE = 0.05
 LAST_PAUSE = 2.0
@@ -56,7 +58,10 @@ class Outbox:
         self._letters: deque[_Letter] = deque()
         self._waiting = 0
         self._closed = False
+        self._given_up = threading.Event()
         self._thread: threading.Thread | None = None
+        #: The last position that the broker has given.
+        self.stored: Position | None = None
 
     @property
     def waiting(self) -> int:
@@ -66,7 +71,9 @@ class Outbox:
     def put(self, drafts: Sequence[Draft], wait: float) -> Future[Position]:
         """Takes messages on, in any thread; the future has the position of the last, once the broker has them all.
 
-        It fails with BrokerUnavailable when that is not so within ``wait`` seconds. Raises Overloaded when too many wait.
+        It fails with BrokerUnavailable when that is not so within ``wait`` seconds: as soon as the broker has failed for the
+        next time, which takes Broker.TIMEOUT at most. What the broker raises else, is raised of the future, and concerns
+        these messages only. It cannot be cancelled. Raises Overloaded when too many wait.
         """
         letter = _Letter(
             drafts,
@@ -74,39 +81,62 @@ class Outbox:
             time.monotonic() + wait,
             Future(),
         )
+        letter.future.set_running_or_notify_cancel()
         with self._changed:
             if self._closed:
-                raise BrokerUnavailable(
-                    "Nothing can be published any more: the server has stopped."
-                )
+                raise BrokerUnavailable(f"Nothing can be published any more: {STOPPED}")
             if self._waiting + len(drafts) > self._most and self._waiting:
                 raise Overloaded(
                     f"{self._waiting} messages wait for the {self._broker.name} broker already "
                     '(TORNJANGO["COMET"]["PUBLISH_QUEUE"]).'
                 )
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="tornjango-publish", daemon=True)
+                thread.start()
+                self._thread = thread
             self._waiting += len(drafts)
             self._letters.append(letter)
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name="tornjango-publish", daemon=True
-                )
-                self._thread.start()
             self._changed.notify_all()
         return letter.future
 
     def close(self, wait: float) -> int:
-        """Takes no more; returns when the broker has all, or after ``wait`` seconds, with how many it has not."""
+        """Takes no more; returns when the broker has all, or after ``wait`` seconds, with how many it has not.
+
+        Those fail with BrokerUnavailable at once, but for what the broker is being given at this moment.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
             thread = self._thread
         if thread is not None:
             thread.join(wait)
-        return self._waiting
+        left = self._waiting
+        self._given_up.set()
+        with self._changed:
+            letters = list(self._letters)
+            self._letters.clear()
+        self._fail(letters, BrokerUnavailable(f"The {self._broker.name} broker was away: {STOPPED}"))
+        return left
 
     def _run(self) -> None:
         while letters := self._next():
-            self._deliver(letters)
+            try:
+                self._deliver(letters)
+            except Exception as error:  # noqa: BLE001 - raised where it was published
+                self._deliver_apart(letters, error)
+            with self._changed:
+                self._waiting -= sum(len(letter.drafts) for letter in letters)
+
+    def _deliver_apart(self, letters: list[_Letter], error: Exception) -> None:
+        """Something in these the broker cannot store: that is no reason to lose the rest."""
+        if len(letters) == 1:
+            self._fail(letters, error)
+            return
+        for letter in letters:
+            try:
+                self._deliver([letter])
+            except Exception as its_own:  # noqa: BLE001 - raised where it was published
+                self._fail([letter], its_own)
 
     def _next(self) -> list[_Letter]:
         with self._changed:
@@ -135,35 +165,31 @@ class Outbox:
                 self._report(error)
                 self._expire(letters, error)
                 if all(letter.future.done() for letter in letters):
-                    break
-                time.sleep(random.uniform(pause / 2, pause))
+                    return
+                self._given_up.wait(random.uniform(pause / 2, pause))
                 pause = min(pause * 2, LAST_PAUSE)
-            except Exception as error:  # noqa: BLE001 - raised where it was published
-                for letter in letters:
-                    if not letter.future.done():
-                        letter.future.set_exception(error)
-                break
             else:
                 self._report(None)
                 self._settle(letters, end, len(drafts))
-                break
-        with self._changed:
-            self._waiting -= len(drafts)
+                return
 
     def _expire(self, letters: list[_Letter], error: BrokerUnavailable) -> None:
         now = time.monotonic()
-        for letter in letters:
-            if now >= letter.deadline and not letter.future.done():
-                letter.future.set_exception(error)
+        late = [it for it in letters if now >= it.deadline or self._given_up.is_set()]
         with self._changed:
-            late = [letter for letter in self._letters if now >= letter.deadline]
-            for letter in late:
-                self._letters.remove(letter)
-                self._waiting -= len(letter.drafts)
-        for letter in late:
-            letter.future.set_exception(error)
+            queued = [letter for letter in self._letters if now >= letter.deadline]
+            if queued:
+                self._letters = deque(it for it in self._letters if now < it.deadline)
+                self._waiting -= sum(len(letter.drafts) for letter in queued)
+        self._fail([*late, *queued], error)
+
+    def _fail(self, letters: list[_Letter], error: Exception) -> None:
+        for letter in letters:
+            if not letter.future.done():
+                letter.future.set_exception(error)
 
     def _settle(self, letters: list[_Letter], end: Position, count: int) -> None:
+        self.stored = end
         offset = end.offset - count
         for letter in letters:
             offset += len(letter.drafts)
