@@ -43,8 +43,7 @@ def publish(hub: Hub, *drafts: Draft) -> Position:
 
 
 async def read(hub: Hub, channel: Channel, since: Position) -> Reading:
-    deadline = asyncio.get_running_loop().time() + 5
-    return await hub.read({channel: since}, deadline)
+    return await hub.read({channel: since})
 
 
 def data(reading: Reading) -> list[Any]:
