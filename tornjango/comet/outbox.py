@@ -115,7 +115,9 @@ class Outbox:
         with self._changed:
             letters = list(self._letters)
             self._letters.clear()
-        self._fail(letters, BrokerUnavailable(f"The {self._broker.name} broker was away: {STOPPED}"))
+        self._fail(
+            letters, BrokerUnavailable(f"The {self._broker.name} broker was away: {STOPPED}")
+        )
         return left
 
     def _run(self) -> None:
