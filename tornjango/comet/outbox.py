@@ -159,7 +159,7 @@ class Outbox:
         """Until the broker has them or nobody waits for them any longer. They stay together: a batch may have arrived."""
         batch = secrets.token_bytes(16)
         drafts = [draft for letter in letters for draft in letter.drafts]
-        pause = FIRST_PAUSE
+        pause, refused = FIRST_PAUSE, False
         while True:
             try:
                 end = self._broker.append(batch, drafts, self._known())
@@ -168,8 +168,15 @@ class Outbox:
                 self._expire(letters, error)
                 if all(letter.future.done() for letter in letters):
                     return
-                self._given_up.wait(random.uniform(pause / 2, pause))
+                if self._given_up.wait(random.uniform(pause / 2, pause)):
+                    self._fail(letters, error)
+                    return
                 pause = min(pause * 2, LAST_PAUSE)
+            except Exception:
+                # Once more: if it has arrived all the same, the broker knows the batch.
+                if refused:
+                    raise
+                refused = True
             else:
                 self._report(None)
                 self._settle(letters, end, len(drafts))
@@ -177,7 +184,7 @@ class Outbox:
 
     def _expire(self, letters: list[_Letter], error: BrokerUnavailable) -> None:
         now = time.monotonic()
-        late = [it for it in letters if now >= it.deadline or self._given_up.is_set()]
+        late = [letter for letter in letters if now >= letter.deadline]
         with self._changed:
             queued = [letter for letter in self._letters if now >= letter.deadline]
             if queued:
