@@ -247,15 +247,14 @@ class Reader:
     def _take_grant(self) -> str | None:
         if not self._new_grant or self.request is None:
             return None
-        self._new_grant = False
-        epoch = self.hub.present().epoch
         said = self._said().values()
-        oldest = min(
-            (yes.position.offset for yes in said if yes.position.epoch == epoch), default=0
-        )
+        positions = [yes.position for yes in said]
+        if not positions or any(it.epoch != positions[0].epoch for it in positions):
+            return None  # a yes of another epoch counts no longer: it is asked for again first
+        self._new_grant = False
         # One that is added makes none of the others count for longer.
-        expires = min((yes.expires for yes in said), default=0)
-        return grants.issue(self.request, Position(epoch, oldest), expires, self.channels)
+        expires = min(yes.expires for yes in said)
+        return grants.issue(self.request, min(positions), expires, self.channels)
 
     # What comes
 

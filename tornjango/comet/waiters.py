@@ -63,31 +63,31 @@ class _Parked:
     __slots__ = (
         "by_channel",
         "by_client",
-        "count",
         "dirty",
         "draining",
         "queue",
         "spread",
         "transports",
+        "waiters",
     )
 
     def __init__(self) -> None:
         self.by_client: dict[str, Client] = {}
         self.transports: Counter[str] = Counter()
         self.by_channel: dict[str, dict[Waiter, None]] = {}
-        self.count = 0
+        self.waiters: dict[Waiter, None] = {}
         self.dirty: set[str] = set()
         self.draining = False
         self.queue: deque[Waiter] = deque()
         self.spread = 0.0
 
     def add(self, waiter: Waiter) -> None:
-        self.count += 1
+        self.waiters[waiter] = None
         for channel in waiter.channels:
             self.by_channel.setdefault(channel, {})[waiter] = None
 
     def remove(self, waiter: Waiter) -> None:
-        self.count -= 1
+        del self.waiters[waiter]
         for channel in waiter.channels:
             waiters = self.by_channel[channel]
             del waiters[waiter]
@@ -186,12 +186,10 @@ class Waiters:
         loop, parked = asyncio.get_running_loop(), self._here()
         least, most = _SPREAD
         parked.draining = True
-        parked.spread = min(max(parked.count / _RETURNING_PER_SECOND, least), most)
-        everyone = dict.fromkeys(
-            waiter for waiters in parked.by_channel.values() for waiter in waiters
-        )
-        self._enqueue(loop, parked, everyone)
-        return parked.count
+        count = len(parked.waiters)
+        parked.spread = min(max(count / _RETURNING_PER_SECOND, least), most)
+        self._enqueue(loop, parked, parked.waiters)
+        return count
 
     @property
     def draining(self) -> bool:
@@ -205,7 +203,7 @@ class Waiters:
 
     def count(self) -> int:
         with self._lock:
-            return sum(parked.count for parked in self._loops.values())
+            return sum(len(parked.waiters) for parked in self._loops.values())
 
     def transports(self) -> dict[str, int]:
         """How many readers there are, by transport."""
