@@ -69,6 +69,8 @@ class Fleet:
         self.polls = polls
         self.pollers: list[Poller] = []
         self.cursor = polls.cursor
+        #: What tornjango gives besides, and wants to see again: the clients all look alike to it.
+        self.grant = ""
         self.missing = 0
         self.leaving = False
         self.all_answered: asyncio.Future[None] | None = None
@@ -79,8 +81,9 @@ class Fleet:
             await asyncio.gather(*(self._connect(n, limit) for n in range(self.polls.count)))
         self.missing = len(self.pollers)
         self.all_answered = asyncio.get_running_loop().create_future()
+        grant = f"&grant={quote(self.grant)}" if self.grant else ""
         for poller in self.pollers:
-            poller.send(self.polls.poll + quote(self.cursor))
+            poller.send(self.polls.poll + quote(self.cursor) + grant)
         return {"parked": self.missing}
 
     async def _connect(self, number: int, limit: asyncio.Semaphore) -> None:
@@ -109,10 +112,12 @@ class Fleet:
         return {"seconds": seconds}
 
     def _check(self) -> None:
-        bodies = {self._body(poller.answer) for poller in self.pollers}
-        if len(bodies) != 1:
-            raise WireError(f"polls of one channel have {len(bodies)} different answers")
-        answer = json.loads(bodies.pop())
+        answers = [json.loads(body) for body in {self._body(it.answer) for it in self.pollers}]
+        # Grants say when they were given.
+        self.grant = [answer.pop("grant", self.grant) for answer in answers][-1]
+        answer = answers[0]
+        if any(other != answer for other in answers):
+            raise WireError(f"polls of one channel have {len(answers)} different answers")
         if len(answer["messages"]) != 1 or "something happened" not in json.dumps(answer):
             raise WireError(f"a poll's answer is not the one message: {answer}")
         self.cursor = answer["cursor"]
