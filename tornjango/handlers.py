@@ -19,7 +19,7 @@ from tornado.httputil import HTTPServerRequest
 from tornado.iostream import StreamClosedError
 from tornado.web import RequestHandler
 
-from tornjango import cancellation
+from tornjango import cancellation, comet
 from tornjango.access import CLIENT_LEFT, Answer
 from tornjango.bodies import Body
 from tornjango.cancellation import Cancellation
@@ -144,6 +144,7 @@ class DjangoHandler(RequestHandler):
         cancellation.current.set(self._cancellation)
         request = self._django_request = TornadoRequest(self.request, self._body)
         request.route_match = self._match
+        comet.note_arrival(request)
         if request.script_name:  # without it, the prefix is "/" already
             set_script_prefix(f"{request.script_name}/")
         try:

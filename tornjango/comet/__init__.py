@@ -67,6 +67,9 @@ __all__ = [
 # Readers that came together (a deploy, a network that is back) should not time out together for ever.
 _EARLIEST_TIMEOUT = 0.9
 
+# The attribute of a request that says where the channels ended when it came.
+_ARRIVAL = "_comet_arrival"
+
 #: The environment variable with the file by which a process hands its memory's messages to the next, in development.
 KEPT = "TORNJANGO_COMET"
 
@@ -150,15 +153,27 @@ async def ready() -> None:
     await get_hub().ready()
 
 
-def cursor(*channels: str) -> str:
+def cursor(*channels: str, request: HttpRequest | None = None) -> str:
     """A cursor at the present end of these channels; from any thread.
 
     Take it before the queries whose result a page shows: the page then follows with it, and nothing that is published
-    between is lost. Raises UnknownChannel, BrokerUnavailable, or CometError for none or too many channels.
+    between is lost. With ``request`` it is where the channels ended when tornjango began to answer that request, whenever
+    this is called; under another server it is the present end all the same. A message that was published between cursor
+    and query comes again, and may be in the query's result already: pages should know what they show by its id.
+
+    Raises UnknownChannel, BrokerUnavailable, or CometError for none or too many channels.
     """
     wanted = [match.channel for match in _channels.resolve_all(channels)]
-    present = get_hub().present()
-    return _cursors.encode({channel.name: present for channel in wanted})
+    end: Position | None = getattr(request, _ARRIVAL, None)
+    if end is None:
+        end = get_hub().present()
+    return _cursors.encode({channel.name: end for channel in wanted})
+
+
+def note_arrival(request: HttpRequest) -> None:
+    """For the server: a request is about to be answered. The channels' end is noted on it, for ``cursor(request=...)``."""
+    if _channels.patterns() and (hub := get_hub()).is_ready:
+        setattr(request, _ARRIVAL, hub.present())
 
 
 async def wait(
@@ -199,36 +214,55 @@ class Gap:
 
 
 class Following:
-    """An iterator over what comes: `Message` and `Gap`. ``cursor`` is where to go on after what it has given last."""
+    """An iterator over what comes: `Message` and `Gap`.
+
+    ``cursor`` is where to go on after what it has given last, in another iteration or another process; before the first
+    step of one it is what it was made with.
+    """
 
     def __init__(
         self, request: HttpRequest | None, cursor: str | None, channels: Iterable[str]
     ) -> None:
-        self.cursor = cursor
-        self._reader = Reader(request, transport="follow")
+        self._request = request
+        self._cursor = cursor
         self._channels = list(channels)
+        self._positions: dict[str, Position] = {}
+
+    @property
+    def cursor(self) -> str | None:
+        return _cursors.encode(self._positions) if self._positions else self._cursor
 
     async def __aiter__(self) -> AsyncIterator[Message | Gap]:
-        reader = self._reader
+        reader = Reader(self._request, transport="follow")
         await reader.follow(self._channels, self.cursor)
-        self.cursor = reader.cursor
+        self._positions = dict(reader.at)
+        retry = 0
         with reader.parked():
-            while True:
+            while not retry:
                 answer = await reader.next(get_config().COMET.POLL_TIMEOUT)
+                after = dict(answer.at)
                 for name in answer.gaps:
+                    self._positions[name] = after[name]
                     yield Gap(name)
                 for message in answer.messages:
+                    self._pass(message.offset, after)
                     yield message
-                self.cursor = answer.cursor
-                if answer.retry:
-                    return
+                self._positions = after
+                retry = answer.retry
+
+    def _pass(self, offset: int, after: dict[str, Position]) -> None:
+        """A message is given: those before it are, in every channel, but where the broker has not told them yet."""
+        for name, at in self._positions.items():
+            self._positions[name] = at._replace(
+                offset=max(at.offset, min(offset, after[name].offset))
+            )
 
 
 def follow(request: HttpRequest | None, cursor: str | None, *channels: str) -> Following:
     """``async for event in comet.follow(...)``: every message from the cursor on, as it comes, and each `Gap`.
 
-    Ends when the server stops. Its ``cursor`` stands after a whole answer: an iteration that is broken off in the middle of
-    one, and goes on with it elsewhere, has a few messages twice. Authorisers and errors are as in ``wait``.
+    Ends when the server stops. Authorisers and errors are as in ``wait``; ChannelForbidden comes in the middle, too, when
+    a channel is revoked.
     """
     return Following(request, cursor, channels)
 

@@ -264,7 +264,8 @@ class Reader:
         return cursors.encode({channel.name: at for channel, at in self._positions.items()})
 
     @property
-    def _at(self) -> tuple[tuple[str, Position], ...]:
+    def at(self) -> tuple[tuple[str, Position], ...]:
+        """As in `Answer`."""
         return tuple([(channel.name, at) for channel, at in self._positions.items()])
 
     async def next(self, timeout: float) -> Answer:  # noqa: ASYNC109 (as in `comet.wait`)
@@ -285,7 +286,7 @@ class Reader:
                 messages = await self._for_me(messages)
             if self.superseded:
                 retry = self.hub.waiters.retry()
-                return Answer([], self.cursor, [], False, retry, at=self._at)
+                return Answer([], self.cursor, [], False, retry, at=self.at)
             if self._revoked():
                 continue  # while this was read: who is refused hears nothing that was published after
             self._advance(reading)
@@ -295,7 +296,7 @@ class Reader:
                 retry = self.hub.waiters.retry()
                 grant = self._take_grant()
                 gaps, more = reading.gaps, reading.more
-                return Answer(messages, self.cursor, gaps, more, retry, grant, self._at)
+                return Answer(messages, self.cursor, gaps, more, retry, grant, self.at)
             if not reading.more:
                 await self._waiter.wait(deadline)
 
