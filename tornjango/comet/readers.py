@@ -102,7 +102,8 @@ class _Yes(NamedTuple):
 
 
 class Reader:
-    """Follows channels for one client, from its cursor on. On one event loop, by one task at a time.
+    """Follows channels for one client, from its cursor on. On one event loop, by one task at a time, but for what another
+    one adds and leaves.
 
     With ``request`` None the caller vouches: no authoriser is asked, and messages for some only are not for this reader.
     ``client`` is what the client calls itself, on whatever transport; a newer reader of the same name, with the same
@@ -125,6 +126,7 @@ class Reader:
         self.superseded = False
         #: Whether a channel was new to the reader's cursor: then the client has to hear of its place at once.
         self.is_new = False
+        self._prompted = False
         self._positions: dict[Channel, Position] = {}
         self._grant = grants.NOTHING if request is None else grants.read(request, grant)
         self._granted: dict[str, _Yes] = {}
@@ -135,10 +137,13 @@ class Reader:
 
     # What it follows
 
-    async def follow(self, names: Iterable[str], cursor: str | None) -> None:
+    async def follow(
+        self, names: Iterable[str], cursor: str | None, grant: str | None = None
+    ) -> None:
         """Adds channels: from where the cursor stands in each, or from now on where it knows nothing of one.
 
-        Raises UnknownChannel, ChannelForbidden, InvalidCursor, BrokerUnavailable, and CometError for none or too many; then
+        Another task may be in `next` meanwhile; a newer ``grant`` takes the place of the reader's own. Raises
+        UnknownChannel, ChannelForbidden, InvalidCursor, BrokerUnavailable, and CometError for none or too many; then
         nothing is added.
         """
         names = list(names)
@@ -146,6 +151,8 @@ class Reader:
         added = [match for match in matches if match.channel.name not in self.channels]
         wanted = [match.channel.name for match in added]
         known = cursors.decode(cursor, wanted) if cursor else {}
+        if grant is not None and self.request is not None:
+            self._grant = grants.read(self.request, grant)
         await self.hub.ready()
         # Before anything is awaited: what is published while an authoriser thinks belongs to the answer.
         present = self.hub.present()
@@ -184,6 +191,12 @@ class Reader:
     def supersede(self) -> None:
         """A newer reader of the same client is there: this one's `next` returns at once, with what it has."""
         self.superseded = True
+        if self._waiter is not None:
+            self._waiter.wake()
+
+    def prompt(self) -> None:
+        """This reader's `next` returns at once, with what there is: its client has to hear where it stands."""
+        self._prompted = True
         if self._waiter is not None:
             self._waiter.wake()
 
@@ -271,16 +284,18 @@ class Reader:
     async def next(self, timeout: float) -> Answer:  # noqa: ASYNC109 (as in `comet.wait`)
         """Waits, inside of `parked`, until there is something for this reader, or something to be said.
 
-        Returns with empty ``messages`` after ``timeout`` seconds, when the server is stopping, and when it was superseded:
-        what comes then is for the newer reader. Raises ChannelForbidden when a channel was revoked, or the last yes is
-        older than ``TORNJANGO["COMET"]["GRANT_TTL"]``, and the authoriser now says no: it is not followed any more.
+        Returns with empty ``messages`` after ``timeout`` seconds, when the server is stopping, when it was prompted, and
+        when it was superseded: what comes then is for the newer reader. Raises ChannelForbidden when a channel was revoked,
+        or the last yes is older than ``TORNJANGO["COMET"]["GRANT_TTL"]``, and the authoriser now says no: it is not
+        followed any more.
         """
         assert self._waiter is not None
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         while True:
             await self._authorise_again()
-            reading = await self.hub.read(self._positions)
+            since = dict(self._positions)
+            reading = await self.hub.read(since)
             messages = reading.messages
             if any(message.audience is not None for message in messages):
                 messages = await self._for_me(messages)
@@ -289,10 +304,13 @@ class Reader:
                 return Answer([], self.cursor, [], False, retry, at=self.at)
             if self._revoked():
                 continue  # while this was read: who is refused hears nothing that was published after
+            if since != self._positions:
+                continue  # channels were added or left while this was read
             self._advance(reading)
             draining = self.hub.waiters.draining
-            over = draining or self.superseded or loop.time() >= deadline
+            over = draining or self._prompted or loop.time() >= deadline
             if messages or reading.gaps or over:
+                self._prompted = False
                 retry = self.hub.waiters.retry()
                 grant = self._take_grant()
                 gaps, more = reading.gaps, reading.more
@@ -301,9 +319,8 @@ class Reader:
                 await self._waiter.wait(deadline)
 
     def _advance(self, reading: Reading) -> None:
-        # What was added or left meanwhile, is not touched.
         for channel in self._positions:
-            self._positions[channel] = reading.positions.get(channel.name, self._positions[channel])
+            self._positions[channel] = reading.positions[channel.name]
 
     async def _for_me(self, messages: Iterable[Message]) -> list[Message]:
         if self._identity is None:
