@@ -1,7 +1,8 @@
 """COMET over HTTP: the long-poll and the event stream. Both speak of the same cursor, and of the same answer.
 
 What a client names: ``channel``, repeated; ``cursor`` and ``grant``, of the answer before; ``client``, what it calls
-itself. Of one that is given twice the last counts, and others are passed over. A refusal is JSON: ``{"error": "..."}``.
+itself; of a poll, ``wait=0``, to be answered at once, news or not. Of one that is given twice the last counts, and others
+are passed over. A refusal is JSON: ``{"error": "..."}``.
 """
 
 from __future__ import annotations
@@ -49,11 +50,13 @@ class _Asked(NamedTuple):
     cursor: str | None
     grant: str | None
     client: str | None
+    at_once: bool
 
     @classmethod
     def of(cls, fields: QueryDict) -> _Asked:
         one = fields.get
-        return cls(fields.getlist("channel"), one("cursor"), one("grant"), one("client"))
+        at_once = one("wait") == "0"
+        return cls(fields.getlist("channel"), one("cursor"), one("grant"), one("client"), at_once)
 
 
 # A poll changes nothing, so it needs no CSRF token; and another site cannot read what it answers (CORS): JSON that is no
@@ -69,7 +72,12 @@ async def poll(request: HttpRequest) -> HttpResponse:
     asked = _Asked.of(request.GET if request.method == "GET" else request.POST)
     try:
         answer = await comet.wait(
-            request, asked.cursor, *asked.channels, grant=asked.grant, client=asked.client
+            request,
+            asked.cursor,
+            *asked.channels,
+            grant=asked.grant,
+            client=asked.client,
+            timeout=0 if asked.at_once else None,
         )
     except (CometError, Overloaded) as error:
         return _refuse_for(error)
