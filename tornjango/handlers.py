@@ -29,11 +29,15 @@ from tornjango.failures import only_django_listens
 from tornjango.knots import untie, untie_file
 from tornjango.requests import TornadoRequest
 from tornjango.sending import Sending, is_closed, refuse_on
+from tornjango.websockets import WebSocket, WebSocketClosedError, WebSocketResponse
 
 if TYPE_CHECKING:
     from tornjango.application import Application
 
 logger = logging.getLogger("tornjango.handlers")
+
+# RFC 6455, 7.4.1.
+_GOING_AWAY = 1001, "The server is stopping."
 
 
 class Cut(enum.Enum):
@@ -55,6 +59,7 @@ class DjangoHandler(RequestHandler):
     #: Whether it is cancelled when its client leaves; None where only the setting says so.
     cancels: bool | None = None
     _django_request: TornadoRequest | None = None
+    _socket: WebSocket | None = None
 
     def __init__(self, application: Application, request: HTTPServerRequest) -> None:
         # Not Tornado's, which prepares for what Django does here, and ties knots that its own finish() undoes.
@@ -159,11 +164,54 @@ class DjangoHandler(RequestHandler):
         try:
             if self._cut.done():  # nobody is there to take it
                 raise StreamClosedError
+            if isinstance(response, WebSocketResponse):
+                await self._converse(request, response)
+                return
             await self._sending.send(response, last=self.application.draining)
         finally:
             self._closing = True
             await self._close(response)
             untie_file(response)
+
+    async def _converse(self, request: TornadoRequest, response: WebSocketResponse) -> None:
+        """Returns when the connection is closed."""
+        socket = self._socket = WebSocket(request, response.options)
+        self._sending.switch(response, socket.shake_hands)
+        socket.open(self.request.connection)
+        socket.ended.add_done_callback(self._on_socket_end)
+        if self.application.draining:
+            self.close_socket()
+        try:
+            await self._talk(response, socket)
+            socket.ended.remove_done_callback(self._on_socket_end)
+            await asyncio.wait([socket.ended])  # Tornado gives the client five seconds to agree
+        except asyncio.CancelledError:
+            socket.close(*_GOING_AWAY)
+            socket.abort()
+            raise
+        finally:
+            self._sending.sent = socket.sent
+            self._sending.finished = socket.close_code is not None
+
+    async def _talk(self, response: WebSocketResponse, socket: WebSocket) -> None:
+        try:
+            await response.talk(socket)
+            socket.close()
+        except WebSocketClosedError:
+            pass  # as any client that leaves
+        except Exception:
+            logger.exception("The talk of %s failed (view: %s)", self._line(), self.view_name)
+            socket.close(1011, "The server has failed.")
+
+    def _on_socket_end(self, ended: asyncio.Future[None]) -> None:
+        assert self._socket is not None
+        if not self._socket.expected:
+            self.on_connection_close()
+
+    def close_socket(self) -> None:
+        """The server is stopping: a WebSocket hears so, unless its talk sees to that by itself."""
+        if self._socket is not None and not self.heeds_drain:
+            self._socket.close(*_GOING_AWAY)
 
     async def _start(self, request: TornadoRequest) -> None:
         """Sends ``request_started``: in a worker thread where a receiver of others might wait."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import aclosing
 from functools import lru_cache
 from http import HTTPStatus
@@ -80,6 +80,15 @@ class Sending:
             await self._stream(response, headers, part)
         if not self.finished:
             self._finish()
+
+    def switch(self, response: HttpResponseBase, complete: Callable[[HTTPHeaders], None]) -> None:
+        """Sends 101, with the headers that ``complete`` has completed: the connection speaks another protocol then."""
+        headers = _wire_headers(response)
+        complete(headers)
+        start_line = ResponseStartLine("HTTP/1.1", 101, response.reason_phrase)
+        self.connection.write_headers(start_line, headers)
+        self.begun, self.status = True, 101
+        self.connection.finish()
 
     def _finish(self) -> None:
         self.connection.finish()

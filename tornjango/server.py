@@ -157,6 +157,8 @@ class Server:
         for handler in self.application.native.values():
             if isinstance(handler, WebSocketHandler):
                 handler.close(1001, "The server is stopping.")
+        for answering in self.application.in_flight:
+            answering.close_socket()
 
     def _end_streams(self) -> None:
         for handler in list(self.application.in_flight):
