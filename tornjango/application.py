@@ -80,7 +80,7 @@ class Application(TornadoApplication):
         #: What is told of each answer: the access log, and the metrics.
         self.observers = [log] if (log := access.make(config)) else []
         #: What is told to whoever watches the server, if anything.
-        self.monitor = Monitor(self, config) if config.HEALTH or config.METRICS else None
+        self.monitor = Monitor(self, config)
         self.draining = False
         #: The requests that are being answered.
         self.in_flight: set[DjangoHandler] = set()
@@ -109,7 +109,7 @@ class Application(TornadoApplication):
             logger.error("Template problem: %s", problem)
         autodiscover_modules("channels")  # where the app is installed, it has done so
         pools.open()
-        rules = self.monitor.rules if self.monitor is not None else []
+        rules = self.monitor.rules
         self.wildcard_router.add_rules([*rules, Rule(AnyMatches(), DjangoRouter(self))])
 
     def start_request(self, server_conn: object, request_conn: Any) -> HTTPMessageDelegate:

@@ -1,8 +1,8 @@
 """For whoever watches the server: whether it is well (``TORNJANGO["HEALTH"]``), and its numbers (``TORNJANGO["METRICS"]``).
 
 Both are paths, as they come over the wire, that Tornado answers: without middleware, a database, ALLOWED_HOSTS, or a line
-in the access log. Whoever reaches them may read them: a proxy in front keeps strangers out. Where neither is set, nothing
-of this runs.
+in the access log. Whoever reaches them may read them: a proxy in front keeps strangers out. Where neither is set, one timer
+a second is all there is, for the status page.
 
 Health is 200, and 503 once the server drains. Metrics are in Prometheus's text formats: the project's own, in
 prometheus-client's registry, are among them. With several workers each scrape reaches one of them, and tells of that one
@@ -179,6 +179,8 @@ class Metrics:
                 self._set("pool", "A database's pool.", value, database=alias, state=name)
         for name, value in _numbers(status["comet"]):
             self._set("comet", "COMET's channels and readers.", value, state=name)
+        for transport, count in status["comet"]["readers"].items():
+            self._set("comet_readers", "COMET's readers.", count, transport=transport)
 
     def _set(self, name: str, help: str, value: float, **labels: str) -> None:
         gauge = self._gauges.get(name)

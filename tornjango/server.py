@@ -24,6 +24,7 @@ from tornjango import comet, green
 from tornjango.application import END_TIMEOUT, Application
 from tornjango.conf import get_config
 from tornjango.http1 import HTTP1Server
+from tornjango.status import reporting
 from tornjango.watchdog import watching
 
 logger = logging.getLogger("tornjango.server")
@@ -81,7 +82,8 @@ class Server:
             monitor = self.application.monitor
             with (
                 watching(self.config),
-                monitor.measuring(http) if monitor else contextlib.nullcontext(),
+                monitor.measuring(http),
+                reporting(monitor),
             ):
                 if begun is not None:
                     begun(self)

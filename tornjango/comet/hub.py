@@ -48,6 +48,10 @@ REVOCATIONS = 10_000
 FETCHERS = 4
 
 
+#: What a channel's rate is of, in seconds.
+MINUTE = 60.0
+
+
 class Hub:
     """One for each process. Its methods may be called in any thread, but for those that are coroutines."""
 
@@ -75,6 +79,8 @@ class Hub:
         self._revoked_floor = 0
         self._losses: dict[str, tuple[str, float]] = {}
         self._tail_pause = FIRST_PAUSE
+        #: How long the newest message took from the broker to here, in seconds.
+        self.lag = 0.0
         self._config = config
         self._outbox: Outbox | None = None
         self._successor: Successor | None = None
@@ -130,6 +136,10 @@ class Hub:
         """
         _, listeners = self._listeners.setdefault(channel.name, (channel.limits, []))
         listeners.append(listener)
+
+    def unlisten(self, channel: Channel, listener: Listener) -> None:
+        """Undoes `listen`."""
+        self._listeners[channel.name][1].remove(listener)
 
     def _append(self, messages: Iterable[Message]) -> None:
         for message in messages:
@@ -354,6 +364,8 @@ class Hub:
         self.waiters.notify(None)
 
     def deliver(self, messages: Sequence[Message]) -> None:
+        if messages:
+            self.lag = max(time.monotonic() - messages[-1].published, 0.0)
         with self._lock:
             self._append(messages)
         self._tell(messages)
@@ -447,8 +459,30 @@ class Hub:
             "parked": self.waiters.count(),
             "readers": self.waiters.transports(),
             "unpublished": 0 if self._outbox is None else self._outbox.waiting,
+            "lag": round(self.lag, 4),
             "lost": 0.0 if lost is None else time.monotonic() - lost[1],
         }
+
+
+    def newest(self, most: int) -> list[dict[str, Any]]:
+        """The channels with the newest messages: readers here, messages in the last minute, bytes, seconds since the last."""
+        now = time.monotonic()
+        with self._lock:
+            found = [
+                (name, log.count_since(now - MINUTE), log.size, now - log.touched)
+                for name, log in self._logs.newest(most + len(self._listeners))
+            ]
+        return [
+            {
+                "name": name,
+                "readers": self.waiters.count_of(name),
+                "rate": rate,
+                "bytes": size,
+                "age": round(age, 1),
+            }
+            for name, rate, size, age in found
+            if not name.startswith(channels.INTERNAL)
+        ][:most]
 
 
 _hub: tuple[object, Hub] | None = None

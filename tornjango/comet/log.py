@@ -20,6 +20,7 @@ import json
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, islice, takewhile
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -181,6 +182,10 @@ class Log:
     def messages(self) -> list[Message]:
         return list(self._messages)
 
+    def count_since(self, when: float) -> int:
+        """How many of its messages were published after that."""
+        return sum(1 for _ in takewhile(lambda it: it.published > when, reversed(self._messages)))
+
     def since(self, offset: int) -> list[Message]:
         """The messages after ``offset``, oldest first."""
         # From the end, where readers are: most have seen all but the last few.
@@ -243,6 +248,13 @@ class Logs:
         self.start = self.sequence
         self._families = {}
         self._count = self._bytes = 0
+
+    def newest(self, most: int) -> list[tuple[str, Log]]:
+        """The logs with the newest messages, by their channels' names."""
+        found = chain.from_iterable(
+            islice(reversed(family.logs.items()), most) for family in self._families.values()
+        )
+        return heapq.nlargest(most, found, key=lambda named: named[1].touched)
 
     def snapshot(self) -> Snapshot:
         floor = max((family.floor for family in self._families.values()), default=self.start)

@@ -205,6 +205,11 @@ class Waiters:
         with self._lock:
             return sum(len(parked.waiters) for parked in self._loops.values())
 
+    def count_of(self, channel: str) -> int:
+        """How many readers follow a channel."""
+        with self._lock:
+            return sum(len(it.by_channel.get(channel, ())) for it in self._loops.values())
+
     def transports(self) -> dict[str, int]:
         """How many readers there are, by transport."""
         with self._lock:
