@@ -166,8 +166,7 @@ class Follower:
 
     def until_away(self) -> None:
         """Returns when the tail has found that the server is away."""
-        before = len(self.errors)
-        self.until(lambda: len(self.errors) > before)
+        self.until(lambda: self.errors)
 
     def stop(self) -> None:
         """Returns when the tail has."""

@@ -85,5 +85,5 @@ class RunPostgresSQL(migrations.RunSQL):
 
 class Migration(migrations.Migration):
     initial = True
-    dependencies: list[tuple[str, str]] = []
+    dependencies = []
     operations = [RunPostgresSQL(TABLES, NO_TABLES)]

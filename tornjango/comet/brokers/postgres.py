@@ -20,13 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from django.db import connections
-from django.db.utils import (
-    DatabaseError,
-    Error,
-    IntegrityError,
-    NotSupportedError,
-    ProgrammingError,
-)
+from django.db.utils import Error, IntegrityError, NotSupportedError
 
 from tornjango.comet.brokers import postgres_sql as sql
 from tornjango.comet.brokers import postgres_trim as trim
@@ -42,7 +36,7 @@ ROWS = 250
 SILENCE = 2.0
 
 #: Seconds between two looks at whether the tail is to return.
-SLICE = 0.5
+SLICE = 0.25
 
 #: Connections kept for the next one who needs one.
 IDLE = 2
@@ -119,7 +113,11 @@ class PostgresBroker(Broker):
 
     def backlog(self, channel: Channel) -> Backlog:
         name, limits = channel
-        params = {"channel": name, "history": limits.history, "max_bytes": limits.max_bytes}
+        params: dict[str, object] = {
+            "channel": name,
+            "history": limits.history,
+            "max_bytes": limits.max_bytes,
+        }
         with self._connection() as connection:
             rows = self._ask_head(connection, sql.BACKLOG, params)
         now = time.monotonic()
@@ -307,7 +305,7 @@ class PostgresBroker(Broker):
         """Raises ours for the errors of the database."""
         try:
             yield
-        except (ProgrammingError, DatabaseError, Error) as error:
+        except Error as error:
             raise self._translate(error) from error
 
     def _translate(self, error: Error) -> Exception:

@@ -100,7 +100,7 @@ class Connection:
 
     def open(self) -> None:
         try:
-            with self._watch.over(self, self._timeout):
+            with self._watch.over(self, self._timeout), self._wrapper.wrap_database_errors:
                 self._wrapper.connect()
             if is_psycopg3:
                 self._driver.add_notify_handler(self._hear)
