@@ -28,6 +28,7 @@ from tornjango.comet.hub import get_hub
 from tornjango.comet.log import Message, Position
 from tornjango.comet.publishing import Event
 from tornjango.comet.readers import Answer, Reader
+from tornjango.comet.roll import Member
 from tornjango.conf import get_config
 from tornjango.exceptions import (
     BrokerUnavailable,
@@ -46,6 +47,7 @@ __all__ = [
     "Following",
     "Gap",
     "InvalidCursor",
+    "Member",
     "Message",
     "Position",
     "UnknownChannel",
@@ -56,6 +58,7 @@ __all__ = [
     "cursor",
     "drain",
     "follow",
+    "presence",
     "publish",
     "publish_batch",
     "ready",
@@ -163,11 +166,11 @@ def cursor(*channels: str, request: HttpRequest | None = None) -> str:
 
     Raises UnknownChannel, BrokerUnavailable, or CometError for none or too many channels.
     """
-    wanted = [match.channel for match in _channels.resolve_all(channels)]
+    wanted = _channels.resolve_all(channels)
     end: Position | None = getattr(request, _ARRIVAL, None)
     if end is None:
         end = get_hub().present()
-    return _cursors.encode({channel.name: end for channel in wanted})
+    return _cursors.encode({match.channel.name: match.begin(end) for match in wanted})
 
 
 def note_arrival(request: HttpRequest) -> None:
@@ -267,6 +270,24 @@ def follow(request: HttpRequest | None, cursor: str | None, *channels: str) -> F
     return Following(request, cursor, channels)
 
 
+def presence(channel: str) -> list[Member]:
+    """Who follows a channel that is declared with ``presence=True``, on any transport, in any process; the longest there first.
+
+    A client counts once, however many readers it has, and for ``TORNJANGO["COMET"]["LINGER"]`` seconds after the last of
+    them: its next poll may be on its way. One that is killed with its process counts for half a minute more.
+
+    A served process answers from memory. Any other one, such as a command, has the broker's last word, which names a
+    hundred members at most: it waits for the broker, so on an event loop it raises BrokerUnavailable. With the memory for a
+    broker other processes see nobody. Raises UnknownChannel, and CometError for a channel without presence.
+    """
+    declaration = _channels.resolve(channel).declaration
+    if not declaration.presence:
+        raise CometError(
+            f"Nobody knows who follows {channel!r}: declare {declaration.pattern!r} with presence=True."
+        )
+    return get_hub().members(channel)
+
+
 def drain() -> int:
     """Answers every poll parked on the running event loop, with its cursor and a spread-out ``retry``.
 
@@ -283,6 +304,8 @@ def start() -> None:
     """
     if _channels.patterns():
         get_hub().start()
+    if _channels.has_presence():
+        get_hub().presence.start()
     if _keeps_messages() and (path := os.environ.get(KEPT)):
         get_hub().load(path)
 

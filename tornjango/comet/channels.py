@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from inspect import isawaitable, iscoroutinefunction
 from typing import Any, NamedTuple, TypeVar
 
@@ -9,7 +10,7 @@ from asgiref.sync import sync_to_async
 from django.http import HttpRequest
 from django.urls.resolvers import RoutePattern
 
-from tornjango.comet.log import Channel, Limits
+from tornjango.comet.log import Channel, Limits, Position
 from tornjango.conf import get_config
 from tornjango.exceptions import ChannelForbidden, CometError, ConfigurationError, UnknownChannel
 
@@ -20,6 +21,12 @@ MAX_NAME_LENGTH = 200
 
 #: Channels whose names begin so are between the processes of a project; nobody can declare or name them.
 INTERNAL = "~"
+
+#: What the name of a presence channel's companion ends with, on which its followers hear who is there.
+COMPANION = "@presence"
+
+#: One state, as long as brokers may keep it: who comes when nothing has changed for hours has to hear it, too.
+_STATE = Limits(history=1, ttl=24 * 3600, max_bytes=1 << 20, latest=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,7 @@ class Declaration:
     latest: bool
     presence: bool
     publisher: Authoriser | None
+    is_companion: bool = False
 
     @property
     def limits(self) -> Limits:
@@ -54,6 +62,10 @@ class Match(NamedTuple):
     channel: Channel
     declaration: Declaration
     kwargs: dict[str, Any]
+
+    def begin(self, present: Position) -> Position:
+        """Where one stands that was not here before. The last state of who is there is for newcomers, too."""
+        return present._replace(offset=0) if self.declaration.is_companion else present
 
     def ask(self, request: HttpRequest) -> bool | Awaitable[bool]:
         return self.declaration.authoriser(request, **self.kwargs)
@@ -135,12 +147,50 @@ def patterns() -> list[str]:
     return list(_declared)
 
 
-def resolve(name: str) -> Match:
-    """What is declared for a channel's full name. Raises UnknownChannel if nothing is."""
+def has_presence() -> bool:
+    """Whether any channel is declared with ``presence``."""
+    return any(declaration.presence for declaration in _declared.values())
+
+
+def companion(name: str) -> Channel | None:
+    """The channel on which the followers of a presence channel hear who is there; None if it is not one."""
+    match = _find(name)
+    if match is None or not match.declaration.presence:
+        return None
+    return _to_companion(match).channel
+
+
+def _to_companion(match: Match) -> Match:
+    declaration = _companion_of(match.declaration)
+    return Match(
+        Channel(match.channel.name + COMPANION, declaration.limits), declaration, match.kwargs
+    )
+
+
+@cache
+def _companion_of(declaration: Declaration) -> Declaration:
+    """Whoever may read the channel may read it, and nobody may publish there."""
+    return replace(
+        declaration, **_STATE._asdict(), presence=False, publisher=None, is_companion=True
+    )
+
+
+def _find(name: str) -> Match | None:
     if len(name) <= MAX_NAME_LENGTH:
         for declaration in _declared.values():
             if found := declaration.route.match(name):
                 return Match(Channel(name, declaration.limits), declaration, found[2])
+    return None
+
+
+def resolve(name: str) -> Match:
+    """What is declared for a channel's full name. Raises UnknownChannel if nothing is."""
+    if name.endswith(COMPANION):
+        match = _find(name.removesuffix(COMPANION))
+        if match is not None and match.declaration.presence:
+            return _to_companion(match)
+    if (match := _find(name)) is not None:
+        return match
     shown = name if len(name) <= MAX_NAME_LENGTH else f"{name[:MAX_NAME_LENGTH]}..."
     raise UnknownChannel(f"There is no channel {shown!r}.")
 

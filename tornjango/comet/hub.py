@@ -28,6 +28,8 @@ from tornjango.comet.brokers.memory import MemoryBroker
 from tornjango.comet.handover import Inheritance, Successor, read, write
 from tornjango.comet.log import Channel, Limits, Logs, Message, Position, Reading, Snapshot
 from tornjango.comet.outbox import FIRST_PAUSE, LAST_PAUSE, Outbox
+from tornjango.comet.presence import FAREWELLS, PRESENCE, Presence
+from tornjango.comet.roll import Member
 from tornjango.comet.waiters import Waiters
 from tornjango.conf import CometConfig, get_config
 from tornjango.exceptions import BrokerUnavailable, ConfigurationError
@@ -95,6 +97,11 @@ class Hub:
                 report=partial(self._report, "publish"),
             )
         self.listen(REVOKED, self._tell_revocation)
+        self.presence = Presence(
+            self.send, alone=broker is None, is_lost=lambda: self.lost is not None
+        )
+        self.listen(PRESENCE, self.presence.hear)
+        self.listen(FAREWELLS, self.presence.hear)
 
     # Publishing
 
@@ -158,6 +165,8 @@ class Hub:
                     listener(message)
                 except Exception:
                     logger.exception("A listener to %r failed", message.channel)
+            if message.channel.endswith(channels.COMPANION):
+                self.presence.hear_state(message)
         self.waiters.notify({message.channel for message in messages})
 
     # Reading
@@ -257,7 +266,11 @@ class Hub:
         with self._lock:
             if granted.epoch != self._logs.epoch:
                 return True
-            return granted.offset < self._revoked.get(name, self._revoked_floor)
+            # Who may not read a channel may not read who is there.
+            names = name, name.removesuffix(channels.COMPANION)
+            return any(
+                granted.offset < self._revoked.get(it, self._revoked_floor) for it in names
+            )
 
     def _remember_revocation(self, message: Message) -> None:
         """In one step with its append: no reader has what was published after it, and does not know of it."""
@@ -268,13 +281,27 @@ class Hub:
             self._revoked_floor = self._revoked.popitem(last=False)[1]
 
     def _tell_revocation(self, message: Message) -> None:
-        self.waiters.notify({str(message.data)})
+        name = str(message.data)
+        self.waiters.notify({name, name + channels.COMPANION})
 
     def _remember_revocations(self, floor: int, messages: Iterable[Message]) -> None:
         self._revoked.clear()
         self._revoked_floor = floor
         for message in messages:
             self._remember_revocation(message)
+
+    def members(self, name: str) -> list[Member]:
+        """Who follows a presence channel: as this process hears, or else as its companion has told last."""
+        if self.presence.has_asked:
+            return self.presence.members(name)
+        assert self.broker is not None
+        if asyncio._get_running_loop() is not None:
+            raise BrokerUnavailable(
+                "This process does not hear who is present: ask for it in a thread, not on the event loop."
+            )
+        companion = channels.resolve(name + channels.COMPANION).channel
+        told = self.broker.backlog(companion).messages[-1:]
+        return [Member(**member) for message in told for member in message.data["members"]]
 
     # The broker's tail
 
@@ -357,9 +384,13 @@ class Hub:
         assert self.broker is not None
         revocations = self.broker.backlog(REVOKED)
         with self._lock:
+            epoch = self._logs.epoch
             self._logs.restart(end)
             self._remember_revocations(revocations.floor, revocations.messages)
         self._begun.set()
+        if channels.has_presence():
+            farewells = self.broker.backlog(FAREWELLS).messages
+            self.presence.begin(farewells, anew=epoch != end.epoch)
         # Whoever is parked stands somewhere else now.
         self.waiters.notify(None)
 
@@ -373,6 +404,7 @@ class Hub:
     def connected(self) -> None:
         self._tail_pause = FIRST_PAUSE
         self._report("tail", None)
+        self.presence.resume()
 
     @property
     def stopped(self) -> bool:
@@ -382,6 +414,7 @@ class Hub:
 
     def hand_over(self, line: socket.socket) -> None:
         """Gives all there is to the process at the other end, which numbers from now on what is published here, too."""
+        self.presence.close(self.waiters.spread())
         with self._lock:
             self._successor = Successor(line, self._logs.snapshot())
             self._outbox = Outbox(
@@ -398,6 +431,7 @@ class Hub:
 
     def save(self, path: str) -> None:
         """As `hand_over`, to a process that comes later."""
+        self.presence.close(self.waiters.spread())
         with self._lock, open(path, "wb") as file:
             write(self._logs.snapshot(), file)
 
@@ -421,6 +455,9 @@ class Hub:
                         self._remember_revocations(floor, messages)
                 meanwhile.sort(key=attrgetter("offset"))
                 self._number([self._draft_again(message) for message in meanwhile])
+            for name, _, messages in snapshot.channels:
+                if name == FAREWELLS.name:
+                    self.presence.hear_all(messages)
         self._begun.set()
         self.waiters.notify(None)
 
@@ -436,6 +473,7 @@ class Hub:
 
     def close(self, wait: float) -> None:
         """Publishes what waits to be, for as many seconds, and follows the broker no longer."""
+        self.presence.close(self.waiters.spread())
         with self._lock:
             self._stopping.set()
         if self._outbox is not None and (left := self._outbox.close(wait)):
@@ -516,6 +554,8 @@ def close(wait: float) -> None:
 
 async def aclose(wait: float) -> None:
     """As `close`, beside the event loop; not in a worker, for those may all be busy."""
+    if _hub is not None:
+        _hub[1].presence.timer.stop()
     if _hub is None or not _hub[1].has_threads:
         return
     closed: Future[None] = Future()

@@ -19,6 +19,8 @@ from django.utils.functional import SimpleLazyObject, empty
 from tornjango.comet import channels, cursors, grants
 from tornjango.comet.hub import Hub, get_hub
 from tornjango.comet.log import Audience, Channel, Message, Position, Reading
+from tornjango.comet.presence import make_member, member_id
+from tornjango.comet.roll import Member
 from tornjango.comet.waiters import Waiter
 from tornjango.conf import get_config
 from tornjango.exceptions import ChannelForbidden, CometError
@@ -134,6 +136,9 @@ class Reader:
         self._new_grant = False
         self._identity: _Identity | None = None
         self._waiter: Waiter | None = None
+        # Who it is to others, and the channels in which it counts as present.
+        self._member: Member | None = None
+        self._present: set[str] = set()
 
     # What it follows
 
@@ -157,10 +162,11 @@ class Reader:
         # Before anything is awaited: what is published while an authoriser thinks belongs to the answer.
         present = self.hub.present()
         await self._authorise(added, present)
+        await self._introduce(added)
         for match in added:
             name = match.channel.name
             self.channels[name] = match
-            self._positions[match.channel] = known.get(name, present)
+            self._positions[match.channel] = known.get(name) or match.begin(present)
         self.is_new = self.is_new or len(known) < len(added)
         self._hear()
 
@@ -179,14 +185,48 @@ class Reader:
             self._waiter = waiter
             try:
                 with self.hub.waiters.known(self):
+                    self._attend()
                     yield
             finally:
                 self._waiter = None
+                self._attend(self._linger())
 
     def _hear(self) -> None:
         if self._waiter is not None:
             self.hub.waiters.change(self._waiter, list(self.channels))
             self._waiter.wake()
+            self._attend()
+
+    # Where it is present
+
+    async def _introduce(self, matches: Iterable[channels.Match]) -> None:
+        """Who it is to others in presence channels. The user costs a query: so once per client, not for each poll."""
+        names = [match.channel.name for match in matches if match.declaration.presence]
+        if names and self.request is not None and self._member is None:
+            id = member_id(self.client)
+            self._member = self.hub.presence.recall(id, names)
+            if self._member is None:
+                self._member = make_member(id, await _user(self.request))
+
+    def _attend(self, linger: float = 0) -> None:
+        """Counts as present where it follows; one that leaves a channel is gone at once, one that ends may come back."""
+        if self._member is None:
+            return
+        present = {name for name, match in self.channels.items() if match.declaration.presence}
+        if self._waiter is None:
+            present.clear()
+        for name in present - self._present:
+            self.hub.presence.appear(name, self._member)
+        for name in self._present - present:
+            self.hub.presence.vanish(name, self._member.id, linger)
+        self._present = present
+
+    def _linger(self) -> float:
+        """Without a name of its own nobody would know that it is back."""
+        if self.client is None:
+            return 0
+        spread = self.hub.waiters.spread() if self.hub.waiters.drained else 0
+        return get_config().COMET.LINGER + spread
 
     def supersede(self) -> None:
         """A newer reader of the same client is there: this one's `next` returns at once, with what it has."""
@@ -365,10 +405,13 @@ class _Identity:
         return self.user in audience.users or not self.groups.isdisjoint(audience.groups)
 
 
+async def _user(request: HttpRequest | None) -> Any:
+    """None where there is no authentication."""
+    return await request.auser() if request is not None and hasattr(request, "auser") else None
+
+
 async def _identify(request: HttpRequest | None) -> _Identity:
-    user: Any = None
-    if request is not None and hasattr(request, "auser"):
-        user = await request.auser()
+    user = await _user(request)
     if user is None or not user.is_authenticated:
         return _Identity(None, frozenset())
     groups: Any = getattr(user, "groups", None)

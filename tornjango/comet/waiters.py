@@ -184,12 +184,23 @@ class Waiters:
     def drain(self) -> int:
         """Wakes everyone on the running loop and parks nobody there any more; returns how many were parked."""
         loop, parked = asyncio.get_running_loop(), self._here()
-        least, most = _SPREAD
         parked.draining = True
         count = len(parked.waiters)
-        parked.spread = min(max(count / _RETURNING_PER_SECOND, least), most)
+        parked.spread = _spread(count)
         self._enqueue(loop, parked, parked.waiters)
         return count
+
+    def spread(self) -> float:
+        """Seconds over which those come back whom a drain sends away, or would send away now."""
+        with self._lock:
+            drained = max((parked.spread for parked in self._loops.values()), default=0.0)
+        return drained or _spread(self.count())
+
+    @property
+    def drained(self) -> bool:
+        """Whether any loop has been drained."""
+        with self._lock:
+            return any(parked.draining for parked in self._loops.values())
 
     @property
     def draining(self) -> bool:
@@ -215,3 +226,8 @@ class Waiters:
         with self._lock:
             found = sum((parked.transports for parked in self._loops.values()), Counter())
         return dict(found)
+
+
+def _spread(count: int) -> float:
+    least, most = _SPREAD
+    return min(max(count / _RETURNING_PER_SECOND, least), most)
