@@ -4,8 +4,8 @@ import {Comet} from "./comet.js"
 const KEPT = 120 // reports that a chart shows
 const GONE = 4 // missed reports, after which a process is not counted
 const FORGOTTEN = 15 // and is not shown any more
-const COLOURS = {poll: "--one", sse: "--two", socket: "--three", follow: "--four"}
-const NAMES = {poll: "long-poll", sse: "SSE", socket: "WebSocket", follow: "in views"}
+const COLOURS = {poll: "--one", sse: "--two", websocket: "--three", follow: "--four"}
+const NAMES = {poll: "long-poll", sse: "SSE", websocket: "WebSocket", follow: "in views"}
 
 const root = document.getElementById("tornjango-status")
 const given = JSON.parse(document.getElementById("tornjango-follow").textContent)
