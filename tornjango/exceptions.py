@@ -9,6 +9,7 @@ TornjangoError
     ├── InvalidCursor       not a cursor of ours: 400
     ├── UnknownChannel      no declared channel has this name: 404
     ├── ChannelForbidden    the channel's authoriser said no: 403
+    ├── TooManyMessages     a client publishes more than it may: 429, Retry-After
     └── BrokerUnavailable   the broker cannot be reached, or does not answer: 503, Retry-After
 
 Errors of a database keep Django's own classes (``django.db.utils``), whatever engine ran the query.
@@ -72,6 +73,16 @@ class ChannelForbidden(CometError):
     def __init__(self, message: str, channels: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.channels = channels
+
+
+class TooManyMessages(CometError):
+    """A client publishes more than ``TORNJANGO["COMET"]["PUBLISHES_PER_SECOND"]``; ``retry_after`` is in seconds."""
+
+    status = 429
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class BrokerUnavailable(CometError):

@@ -369,11 +369,9 @@ class _Protocol(WebSocketProtocol13):
     """Tornado's, with what RFC 6455 asks of a server beyond it."""
 
     def __init__(self, socket: WebSocket, options: Options) -> None:
-        params = _WebSocketParams(
-            ping_interval=options.ping, max_message_size=options.max_message
-        )
-        super().__init__(socket, False, params)  # type: ignore[arg-type]
-        self._socket = socket
+        params = _WebSocketParams(ping_interval=options.ping, max_message_size=options.max_message)
+        super().__init__(socket, False, params)
+        self._socket: WebSocket | None = socket
         self._window: int | None = None
         self._frame_begins = False
         self._is_too_big = False
@@ -393,7 +391,8 @@ class _Protocol(WebSocketProtocol13):
         return self._write_frame(True, opcode, data, flags)
 
     async def _receive_frame(self) -> None:
-        await self._socket.pace()
+        if self._socket is not None:
+            await self._socket.pace()
         self._frame_begins = True
         try:
             await super()._receive_frame()
@@ -426,7 +425,8 @@ class _Protocol(WebSocketProtocol13):
         """Closes at once, and lets go of the socket."""
         self._is_too_big = False
         self._abort()
-        self._socket = self.handler = None  # type: ignore[assignment]
+        self._socket = None
+        self.handler = None  # type: ignore[assignment]
 
     def close(self, code: int | None = None, reason: str | None = None) -> None:
         """What Tornado calls."""

@@ -27,18 +27,18 @@ logger = logging.getLogger("tornjango.comet")
 MAX_FORM = 64 * 1024
 
 # An answer is for one reader, once; and a proxy that collects it before passing it on would hold it back.
-_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 # RFC 9111, 5.2.2.6: a proxy that compresses would collect, too.
-_STREAM_HEADERS = {**_HEADERS, "Cache-Control": "no-store, no-transform"}
+_STREAM_HEADERS = {**HEADERS, "Cache-Control": "no-store, no-transform"}
 
 # Seconds, for a broker that is away.
-_RETRY_AFTER = 2
+RETRY_AFTER = 2
 
 View = TypeVar("View", bound=Callable[..., Any])
 
 
-def _in_no_transaction(view: View) -> View:
+def in_no_transaction(view: View) -> View:
     """With ATOMIC_REQUESTS, a parked request would keep the connection that its authoriser has asked."""
     for alias in connections:
         view = transaction.non_atomic_requests(using=alias)(view)
@@ -61,14 +61,14 @@ class _Asked(NamedTuple):
 
 # A poll changes nothing, so it needs no CSRF token; and another site cannot read what it answers (CORS): JSON that is no
 # script either. A site that wants that says so itself, in its middleware.
-@_in_no_transaction
+@in_no_transaction
 @csrf_exempt
 async def poll(request: HttpRequest) -> HttpResponse:
     """The long-poll: fields in the query of a GET, or in the form of a POST, for a long list of channels."""
     if request.method not in ("GET", "POST"):
-        return _not_allowed(request, "polls", "GET, POST")
-    if (length := _length(request)) > MAX_FORM:
-        return _refuse(413, f"The form has {length} bytes; the most is {MAX_FORM}.")
+        return not_allowed(request, "polls", "GET, POST")
+    if (length := length_of(request)) > MAX_FORM:
+        return refuse(413, f"The form has {length} bytes; the most is {MAX_FORM}.")
     asked = _Asked.of(request.GET if request.method == "GET" else request.POST)
     try:
         answer = await comet.wait(
@@ -81,14 +81,14 @@ async def poll(request: HttpRequest) -> HttpResponse:
         )
     except (CometError, Overloaded) as error:
         return _refuse_for(error)
-    return HttpResponse(answer.json(), content_type="application/json", headers=_HEADERS)
+    return HttpResponse(answer.json(), content_type="application/json", headers=HEADERS)
 
 
-@_in_no_transaction
+@in_no_transaction
 async def sse(request: HttpRequest) -> HttpResponseBase:
     """The event stream: fields in the query of a GET; ``Last-Event-ID`` goes before ``cursor``."""
     if request.method != "GET":
-        return _not_allowed(request, "event streams", "GET")
+        return not_allowed(request, "event streams", "GET")
     asked = _Asked.of(request.GET)
     # An EventSource that comes back has the cursor of its last event, and still the query of its first request.
     cursor = request.headers.get("Last-Event-ID") or asked.cursor
@@ -103,7 +103,7 @@ async def sse(request: HttpRequest) -> HttpResponseBase:
     )
 
 
-def _length(request: HttpRequest) -> int:
+def length_of(request: HttpRequest) -> int:
     try:
         return int(request.META.get("CONTENT_LENGTH") or 0)
     except ValueError:
@@ -114,21 +114,21 @@ def _refuse_for(error: CometError | Overloaded) -> HttpResponse:
     if isinstance(error, Overloaded):
         return _refuse_for_now(error, error.retry_after)
     if isinstance(error, BrokerUnavailable):
-        return _refuse_for_now(error, _RETRY_AFTER)
-    return _refuse(error.status, str(error))
+        return _refuse_for_now(error, RETRY_AFTER)
+    return refuse(error.status, str(error))
 
 
 def _refuse_for_now(error: Exception, seconds: int) -> HttpResponse:
     # The reason names servers and settings: it is for the log.
     logger.warning("A reader of channels is answered 503: %s", error)
     reason = "The channels cannot be read at the moment. Please try again later."
-    return _refuse(503, reason, **{"Retry-After": str(seconds)})
+    return refuse(503, reason, **{"Retry-After": str(seconds)})
 
 
-def _not_allowed(request: HttpRequest, what: str, methods: str) -> HttpResponse:
+def not_allowed(request: HttpRequest, what: str, methods: str) -> HttpResponse:
     reason = f"{request.method} is not for {what}; use {methods.replace(', ', ' or ')}."
-    return _refuse(405, reason, Allow=methods)
+    return refuse(405, reason, Allow=methods)
 
 
-def _refuse(status: int, reason: str, **headers: str) -> HttpResponse:
-    return JsonResponse({"error": reason}, status=status, headers=_HEADERS | headers)
+def refuse(status: int, reason: str, **headers: str) -> HttpResponse:
+    return JsonResponse({"error": reason}, status=status, headers=HEADERS | headers)
