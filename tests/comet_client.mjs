@@ -6,7 +6,7 @@ import {afterEach, beforeEach, test} from "node:test"
 
 const {Comet} = await import(process.env.COMET_JS)
 
-let server, base, polls, comet, waiting
+let server, base, polls, comet, waiting, told, listeners
 
 // What the client hears of its page.
 const page = new EventTarget()
@@ -16,6 +16,8 @@ globalThis.document = {hidden: false}
 // Every poll is put before the test, which answers it by hand.
 beforeEach(async () => {
   polls = []
+  told = []
+  listeners = new Set()
   waiting = []
   Math.random = () => 0
   server = http.createServer((request, response) => {
@@ -23,7 +25,7 @@ beforeEach(async () => {
     request.on("data", chunk => { body += chunk })
     request.on("end", () => {
       const asked = new URLSearchParams(body || request.url.split("?")[1])
-      const poll = {request, response, channels: asked.getAll("channel"), cursor: asked.get("cursor")}
+      const poll = {request, response, channels: asked.getAll("channel"), cursor: asked.get("cursor"), wait: asked.get("wait")}
       poll.left = once(response, "close").then(() => !response.writableEnded)
       const next = waiting.shift()
       if (next) next(poll)
@@ -33,7 +35,11 @@ beforeEach(async () => {
   server.listen(0, "127.0.0.1")
   await once(server, "listening")
   base = `http://127.0.0.1:${server.address().port}/comet/`
-  comet = new Comet(base, {cursor: "start"})
+  comet = new Comet(base, {cursor: "start", transports: ["poll"]})
+  comet.onstatus = (status, detail) => {
+    told.push({status, ...detail})
+    for (const listener of [...listeners]) listener({status, ...detail})
+  }
 })
 
 afterEach(async () => {
@@ -44,17 +50,18 @@ afterEach(async () => {
 })
 
 const nextPoll = () => polls.length ? Promise.resolve(polls.shift()) : new Promise(resolve => waiting.push(resolve))
-const next = (name, holds = () => true) => new Promise(resolve => {
-  comet.addEventListener(name, function listener({detail}) {
+const status = holds => new Promise(resolve => {
+  const listener = detail => {
     if (!holds(detail)) return
-    comet.removeEventListener(name, listener)
+    listeners.delete(listener)
     resolve(detail)
-  })
+  }
+  listeners.add(listener)
 })
 
-function answer(poll, {messages = [], cursor = "next", gaps = [], more = false, retry = 0} = {}) {
+function answer(poll, {messages = [], cursor = "next", gaps = [], more = false, retry = 0, ...places} = {}) {
   poll.response.setHeader("Content-Type", "application/json")
-  poll.response.end(JSON.stringify({messages, cursor, gaps, more, retry}))
+  poll.response.end(JSON.stringify({messages, cursor, gaps, more, retry, ...places}))
 }
 
 function refuse(poll, status, error, headers = {}) {
@@ -122,7 +129,7 @@ test("a lost answer is asked for again with the same cursor", async () => {
 })
 
 test("a server in trouble is asked again after the time it gave", async () => {
-  const waits = next("status", detail => detail.status === "waiting")
+  const waits = status(detail => detail.status === "waiting")
   comet.on("a", () => {})
   refuse(await nextPoll(), 503, "Full", {"Retry-After": "7"})
   const detail = await waits
@@ -133,11 +140,11 @@ test("a server in trouble is asked again after the time it gave", async () => {
 test("the pauses between failed polls grow, at random, up to half a minute; focus ends one", async () => {
   Math.random = () => 1
   const pauses = []
-  comet.addEventListener("status", ({detail}) => {
-    if (detail.status !== "waiting") return
-    pauses.push(detail.delay)
+  comet.onstatus = (status, {delay}) => {
+    if (status !== "waiting") return
+    pauses.push(delay)
     setImmediate(() => page.dispatchEvent(new Event("focus")))
-  })
+  }
   comet.on("a", () => {})
   for (let failure = 0; failure < 9; failure++) refuse(await nextPoll(), 500, "Broken")
   answer(await nextPoll())
@@ -165,7 +172,7 @@ test("a page that is back keeps its parked poll", async () => {
 })
 
 test("a draining server's retry is waited for, unless the page comes back", async () => {
-  const opened = next("status")
+  const opened = status(detail => detail.status === "open")
   comet.on("a", () => {})
   answer(await nextPoll(), {retry: 1_000_000})
   await opened
@@ -186,34 +193,50 @@ test("a second callback for a channel needs no other poll", async () => {
 })
 
 test("a draining server's retry is waited for, and not taken for a failure", async () => {
-  const statuses = []
-  comet.addEventListener("status", ({detail}) => statuses.push(detail.status))
   comet.on("a", () => {})
   answer(await nextPoll(), {retry: 1})
   assert.equal((await nextPoll()).cursor, "next")
-  assert.deepEqual(statuses, ["open"])
+  assert.deepEqual(told, [{status: "open", error: null}, {status: "waiting", delay: 1, error: null}])
 })
 
-for (const status of [401, 403, 404]) {
-  test(`an answer of ${status} stops the polls and is told`, async () => {
-    const console_error = console.error
-    console.error = () => {}
-    const failed = next("error")
-    comet.on("a", () => assert.fail("nothing was published"))
-    refuse(await nextPoll(), status, "No.")
-    const error = await failed
-    console.error = console_error
-    assert.equal(error.status, status)
-    assert.equal(error.message, "No.")
-    assert.equal(comet.status, "failed")
-    assert.equal(polls.length, 0)
+for (const code of [401, 403, 404]) {
+  test(`an answer of ${code} ends a channel, and is told`, async () => {
+    const refused = []
+    comet.on("a", () => assert.fail("nothing was published"), {refused: (error, channel) => refused.push([channel, error.status, error.message])})
+    refuse(await nextPoll(), code, "No.")
+    const again = await nextPoll()
+    assert.equal(again.wait, "0")
+    refuse(again, code, "No.")
+    refuse(await nextPoll(), code, "No.")
+    await nothingIsAsked()
+    assert.deepEqual(refused, [["a", code, "No."]])
   })
 }
+
+test("of several channels those go on that are not refused", async () => {
+  const seen = []
+  comet.on("a", () => assert.fail("nothing was published"), {refused: (error, channel) => seen.push(`${channel} refused`)})
+  comet.on("b", data => seen.push(data))
+  refuse(await nextPoll(), 403, "No.")
+  refuse(await nextPoll(), 403, "No.")
+  for (let poll; (poll = await nextPoll());) {
+    if (!poll.wait) {
+      assert.deepEqual(poll.channels, ["b"])
+      assert.equal(poll.cursor, "start")
+      answer(poll, {messages: [message("b", 1)]})
+      break
+    }
+    if (poll.channels[0] === "a") refuse(poll, 403, "No.")
+    else answer(poll)
+  }
+  await nextPoll()
+  assert.deepEqual(seen, ["a refused", 1])
+})
 
 test("a cursor that is no longer good is given up, and the gap is told once there is a new one", async () => {
   const gaps = []
   comet.on("a", () => {}, {gap: channel => gaps.push([channel, comet.status])})
-  refuse(await nextPoll(), 400, "The cursor is not one of this site.")
+  for (let n = 0; n < 3; n++) refuse(await nextPoll(), 400, "The cursor is not one of this site.")
   const fresh = await nextPoll()
   assert.equal(fresh.cursor, null)
   assert.deepEqual(gaps, [])
@@ -225,15 +248,13 @@ test("a cursor that is no longer good is given up, and the gap is told once ther
 })
 
 test("following another channel gives up the parked poll for one that asks for both", async () => {
-  const statuses = []
-  comet.addEventListener("status", ({detail}) => statuses.push(detail.status))
   comet.on("a", () => {})
   const parked = await nextPoll()
   comet.on("b", () => {})
   const both = await nextPoll()
   assert.equal(await parked.left, true)
   assert.deepEqual(both.channels, ["a", "b"])
-  assert.deepEqual(statuses, [])
+  assert.deepEqual(told, [])
   assert.equal(both.cursor, "start")
 })
 
@@ -249,7 +270,7 @@ test("a channel no longer followed is no longer asked for", async () => {
 
 test("closing gives up the parked poll, delivers nothing more and polls no more", async () => {
   const seen = []
-  const closed = next("status", detail => detail.status === "closed")
+  const closed = status(detail => detail.status === "closed")
   comet.on("a", data => { seen.push(data); comet.close() })
   answer(await nextPoll(), {messages: [message("a", 1), message("a", 2)]})
   await closed
@@ -276,7 +297,7 @@ test("a long list of channels is posted", async () => {
 
 test("a poll that is never answered is given up in time", async () => {
   comet.close()
-  comet = new Comet(base, {cursor: "start", timeout: 30})
+  comet = new Comet(base, {cursor: "start", timeout: 30, transports: ["poll"]})
   comet.on("a", () => {})
   const silent = await nextPoll()
   assert.equal((await nextPoll()).cursor, "start")

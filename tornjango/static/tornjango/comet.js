@@ -1,200 +1,558 @@
-/**
- * Follows channels of a tornjango site: one long-poll for all channels of the page, every message in order and once.
- *
- * In a module script of the page, import {Comet} from this file's static URL, then:
- *
- *   new Comet("/comet/", {cursor}).on("entry:7", (data, {channel, event}) => ..., {gap: () => location.reload()})
- *
- * `cursor` is what comet.cursor("entry:7") gave before the page's queries ran; without one, it starts when it connects.
- * `gap` is called when messages were lost that the page has not seen: fetch the state afresh.
- *
- * Events: "status" (detail: {status, delay, error}; status is "connecting", "open", "waiting", "failed" or "closed"),
- * "error" (detail: an Error with `status`; the server refused, and polling has stopped), "gap" (detail: {channel}).
- */
-
-const FIRST_DELAY = 500
-const LONGEST_DELAY = 30_000
-const LONGEST_QUERY = 1500
-const INTERRUPTED = new Error("interrupted")
-// Statuses below 500 that pass by themselves.
-const PASSING = [408, 425, 429]
-
-export class Comet extends EventTarget {
-  #url
-  #cursor
-  #timeout
-  #followers = new Map()
-  #lost = []
-  #status = "connecting"
-  #running = false
-  #closed = false
-  #listening = new AbortController()
-  #interrupt = () => {}
-  #awaken = () => {}
-
-  constructor(base = "/comet/", {cursor = null, timeout = 60_000} = {}) {
-    super()
-    this.#url = new URL(base.replace(/\/*$/, "/poll/"), globalThis.location?.href)
-    this.#cursor = cursor
-    this.#timeout = timeout
-    const options = {signal: this.#listening.signal}
-    // A network that is back may have taken the parked poll with it; a page that is back only stops waiting.
-    globalThis.addEventListener?.("online", () => this.#restart(), options)
-    globalThis.addEventListener?.("focus", () => this.#awaken(), options)
-    globalThis.addEventListener?.("visibilitychange", () => document.hidden || this.#awaken(), options)
-  }
-
-  get cursor() { return this.#cursor }
-  get status() { return this.#status }
-
-  on(channel, callback, {gap} = {}) {
-    if (this.#closed) throw new Error("This Comet is closed; make a new one.")
-    const followers = this.#followers.get(channel)
-    this.#followers.set(channel, [...(followers ?? []), {callback, gap}])
-    if (!followers) this.#start()
-    return this
-  }
-
-  off(channel, callback) {
-    const left = (this.#followers.get(channel) ?? []).filter(follower => callback && follower.callback !== callback)
-    if (left.length) this.#followers.set(channel, left)
-    else if (this.#followers.delete(channel)) this.#restart()
-    return this
-  }
-
-  close() {
-    this.#closed = true
-    this.#listening.abort()
-    this.#restart()
-    this.#tell("closed")
-  }
-
-  // Whatever is followed in the same turn of the page goes into the same poll.
-  #start() {
-    queueMicrotask(() => {
-      if (this.#running) this.#restart()
-      else this.#run()
-    })
-  }
-
-  // Gives up the present poll or pause; the cursor is still ours, so nothing is lost.
-  #restart() {
-    this.#interrupt()
-    this.#awaken()
-  }
-
-  async #run() {
-    this.#running = true
-    try {
-      await this.#follow()
-    } finally {
-      this.#running = false
-    }
-  }
-
-  async #follow() {
-    let failures = 0
-    while (this.#followers.size && !this.#closed) {
-      let delay
-      try {
-        const answer = await this.#poll()
-        failures = 0
-        this.#tell("open")
-        this.#deliver(answer)
-        this.#cursor = answer.cursor
-        delay = answer.retry
-      } catch (error) {
-        if (error === INTERRUPTED) continue
-        if (error.fatal) return this.#fail(error)
-        // Full jitter, so that readers that lost a server together do not come back together.
-        delay = (error.retryAfter ?? 0) + Math.random() * Math.min(LONGEST_DELAY, FIRST_DELAY * 2 ** failures++)
-        this.#tell("waiting", {delay, error})
-      }
-      if (delay) await this.#pause(delay)
-    }
-  }
-
-  async #poll() {
-    const controller = new AbortController()
-    const timer = setTimeout(() => controller.abort(new Error("the poll was not answered")), this.#timeout)
-    this.#interrupt = () => controller.abort(INTERRUPTED)
-    try {
-      const response = await fetch(...this.#request(controller.signal))
-      return response.ok ? await response.json() : await this.#refused(response)
-    } finally {
-      clearTimeout(timer)
-      this.#interrupt = () => {}
-    }
-  }
-
-  #request(signal) {
-    const query = new URLSearchParams([...this.#followers.keys()].map(channel => ["channel", channel]))
-    if (this.#cursor) query.set("cursor", this.#cursor)
-    const options = {signal, cache: "no-store", headers: {Accept: "application/json"}}
-    if (`${query}`.length > LONGEST_QUERY) return [this.#url, {...options, method: "POST", body: query}]
-    return [`${this.#url}?${query}`, options]
-  }
-
-  async #refused(response) {
-    const status = response.status
-    const body = await response.json().catch(() => ({}))
-    if (status === 400 && this.#cursor) {
-      // A cursor of another time (a changed secret key): begin anew, and say so once there is a new one.
-      this.#cursor = null
-      this.#lost = [...this.#followers.keys()]
-      return this.#poll()
-    }
-    throw Object.assign(new Error(body.error ?? `${status} ${response.statusText}`), {
-      status,
-      fatal: status < 500 && !PASSING.includes(status),
-      retryAfter: milliseconds(response.headers.get("Retry-After")),
-    })
-  }
-
-  #deliver({messages, gaps}) {
-    for (const channel of [...gaps, ...this.#lost.splice(0)]) {
-      const told = (this.#followers.get(channel) ?? []).filter(({gap}) => gap)
-      if (!told.length) console.warn(`comet: messages of ${channel} were lost, and no gap callback is there`)
-      for (const {gap} of told) this.#call(gap, channel)
-      this.dispatchEvent(new CustomEvent("gap", {detail: {channel}}))
-    }
-    for (const {channel, event, data} of messages)
-      for (const {callback} of this.#followers.get(channel) ?? []) this.#call(callback, data, {channel, event})
-  }
-
-  // One page's mistake must not cost it the messages that follow.
-  #call(callback, ...args) {
-    if (this.#closed) return
-    try {
-      callback(...args)
-    } catch (error) {
-      globalThis.reportError ? reportError(error) : console.error(error)
-    }
-  }
-
-  #pause(delay) {
-    return new Promise(resolve => {
-      const timer = setTimeout(resolve, delay)
-      this.#awaken = () => { clearTimeout(timer); resolve() }
-    })
-  }
-
-  #fail(error) {
-    console.error(`comet: polling has stopped: ${error.message}`)
-    this.#tell("failed", {error})
-    this.dispatchEvent(new CustomEvent("error", {detail: error}))
-  }
-
-  #tell(status, detail = {}) {
-    if (this.#status === status && status !== "waiting" || this.#status === "closed") return
-    this.#status = status
-    this.dispatchEvent(new CustomEvent("status", {detail: {status, ...detail}}))
-  }
+// Made from comet.source.js by bin/_comet_client.py.
+const TRANSPORTS=["socket","sse","poll"]
+const FIRST_BYTE=3000
+const SILENCE=60_000
+const FIRST_DELAY=500
+const LONGEST_DELAY=30_000
+const UPGRADE=10_000
+const LAST_UPGRADE=600_000
+const LONGEST_QUERY=1500
+const MOST_QUEUED=100
+const PASSING=[408,425,429]
+const RESTARTED=new Error("restarted")
+const browser=globalThis
+const identifier=()=>Array.from({length:4},()=>Math.random().toString(36).slice(2,8)).join("")
+const backOff=failures=>Math.random()*Math.min(LONGEST_DELAY,FIRST_DELAY*2**failures)
+const isFinal=({status})=>status>=400&&status<500&&!PASSING.includes(status)
+const offline=()=>browser.navigator?.onLine===false
+function storage(){
+try{return browser.sessionStorage}catch{return null}
 }
-
-// Retry-After is in seconds, or a date.
-function milliseconds(retryAfter) {
-  if (!retryAfter) return 0
-  const seconds = Number(retryAfter)
-  return Number.isNaN(seconds) ? Math.max(0, Date.parse(retryAfter) - Date.now()) || 0 : seconds * 1000
+function report(error){
+browser.reportError?reportError(error):console.error(error)
+}
+function failure(message,detail){
+return Object.assign(new Error(message),detail)
+}
+async function refusal(response){
+const{error,channels}=await response.json().catch(()=>({}))
+const{status,statusText,headers}=response
+const retryAfter=1000*headers.get("Retry-After")||0
+return failure(error??`${status} ${statusText}`,{status,channels,retryAfter})
+}
+function parameters(channels,options){
+const given=Object.entries(options).filter(([,value])=>value!=null)
+return new URLSearchParams([...[...channels].map(channel=>["channel",channel]),...given])
+}
+async function poll(url,query,signal){
+const options={signal,cache:"no-store",headers:{Accept:"application/json"}}
+const long=`${query}`.length>LONGEST_QUERY
+const response=await fetch(long?url:`${url}?${query}`,long?{...options,method:"POST",body:query}:options)
+if(!response.ok)throw await refusal(response)
+return response.json()
+}
+class Feed{
+status="connecting"
+channels=new Set()
+at={}
+facts={transport:null,tries:0,error:null,roundTrip:null,buffering:false}
+#g=0
+#d=0
+#t=new Set()
+#n=new Map()
+#al=0
+#u=false
+#p=false
+#v
+#am=()=>{}
+constructor(address,{transports,timeout,client},{cursor,at={},epoch,grant},{heard,told,refused}){
+Object.assign(this,{address,transports,timeout,client,cursor,at,epoch,grant,heard,told,refused})
+this.origin=Object.keys(at).length?null:cursor
+this.key=`comet ${address("")}`
+this.#d=this.#w()
+}
+follow(channels){
+const added=channels.filter(channel=>!this.channels.has(channel))
+const left=[...this.channels].filter(channel=>!channels.includes(channel))
+this.channels=new Set(channels)
+for(const channel of left)delete this.at[channel]
+if(!this.#u)return void this.#ba()
+if(!added.length&&!left.length)return
+if(!this.send||!channels.length)return this.restart()
+if(left.length)this.send({leave:left})
+if(added.length)this.#an(added)
+}
+close(){
+this.#p=true
+this.restart()
+}
+restart(){
+this.abort?.(RESTARTED)
+this.wake()
+}
+wake(){this.#am()}
+async #ba(){
+this.#u=true
+while(this.channels.size&&!this.#p){
+const delay=offline()?Infinity:await this.#bb()
+if(delay&&!this.#p)await this.#bc(delay)
+}
+this.#u=false
+}
+#x(time){
+clearTimeout(this.#v)
+this.#v=setTimeout(()=>this.abort?.(failure("nothing came",{silent:true})),time)
+}
+#bc(delay){
+this.#e("waiting",{delay})
+return new Promise(resolve=>{
+const timer=delay<Infinity&&setTimeout(resolve,delay)
+this.#am=()=>{clearTimeout(timer);resolve()}
+})
+}
+async #bb(){
+const kind=this.transports[this.#d]
+const control=new AbortController()
+const last=this.#d===this.transports.length-1
+const began=performance.now()
+this.abort=reason=>control.abort(reason)
+this.#x(kind==="poll"?this.timeout:FIRST_BYTE)
+this.upgrade=this.#d&&setTimeout(()=>kind!=="poll"&&this.#ao(),this.until-Date.now())
+this.answered=()=>{
+this.answered=()=>{}
+this.#g=0
+this.trouble=null
+if(kind!=="poll")this.facts.roundTrip=Math.round(performance.now()-began)
+if(this.facts.transport!==kind)this.#bd(kind)
+this.#e("open")
+}
+this.retry=0
+this.facts.tries++
+try{
+await{socket:this.#be,sse:this.#bf,poll:this.#bg}[kind].call(this,control.signal)
+if(kind==="poll"&&this.#d&&Date.now()>this.until)this.#ao()
+return this.retry||(kind==="poll"?0:backOff(0))
+}catch(error){
+if(error===RESTARTED)return 0
+if(this.retry)return this.retry
+const{refused,silent,retryAfter=0}=this.facts.error=this.trouble=error
+const opened=this.facts.transport===kind
+if(silent&&!opened&&kind!=="poll")this.facts.buffering=true
+if(refused||last&&isFinal(error))return this.#bh()
+if(!last&&!opened&&!retryAfter)return void this.#d++
+this.facts.transport=null
+this.#d=this.#w()
+return retryAfter+backOff(this.#g++)
+}finally{
+clearTimeout(this.#v)
+clearTimeout(this.upgrade)
+this.send=this.abort=null
+}
+}
+#w(){
+const[kind,until,pause]=JSON.parse(storage()?.getItem(this.key)??"[]")
+this.until=until??0
+this.pauseBetween=pause??0
+return Date.now()<this.until?Math.max(0,this.transports.indexOf(kind)):0
+}
+#bd(kind){
+this.facts.transport=kind
+this.pauseBetween=this.#d&&Math.min(LAST_UPGRADE,this.pauseBetween*2||UPGRADE)
+this.until=Date.now()+this.pauseBetween
+storage()?.setItem(this.key,JSON.stringify([kind,this.until,this.pauseBetween]))
+}
+#ao(){
+this.#d=0
+this.facts.transport=null
+this.restart()
+}
+#ap(more){
+return parameters(this.channels,{cursor:this.cursor,grant:this.grant,client:this.client,...more})
+}
+async #bg(signal){
+this.#aq(await poll(this.address("poll/"),this.#ap(),signal))
+}
+async #bf(signal){
+const options={signal,cache:"no-store",headers:{Accept:"text/event-stream"}}
+const response=await fetch(`${this.address("sse/")}?${this.#ap()}`,options)
+if(!response.ok)throw await refusal(response)
+const reader=response.body.pipeThrough(new TextDecoderStream()).getReader()
+for(let text="",part;!(part=await reader.read()).done;){
+const events=(text+part.value).split("\n\n")
+text=events.pop()
+this.#x(this.timeout)
+for(const event of events){
+const data=/^data:\s?(.*)/m.exec(event)?.[1]
+if(data)this.#ar(JSON.parse(data))
+}
+}
+}
+#be(signal){
+return new Promise((resolve,reject)=>{
+const url=`${this.address("socket/")}`.replace("http","ws")
+const socket=new WebSocket(`${url}?${parameters([], {client: this.client})}`)
+signal.onabort=()=>{reject(signal.reason);socket.close()}
+socket.onopen=()=>{
+this.send=frame=>socket.send(JSON.stringify(frame))
+this.#an([...this.channels])
+}
+socket.onmessage=({data})=>{
+if(signal.aborted)return
+try{this.#ar(JSON.parse(data))}catch(error){this.abort(error)}
+}
+socket.onclose=({code,reason})=>reject(failure(`the WebSocket was closed: ${code} ${reason}`))
+}).finally(()=>{
+for(const{reject}of this.#n.values())reject(failure("the connection was lost: it may be published, or not"))
+this.#n.clear()
+})
+}
+#an(channels){
+this.send({follow:channels,cursor:this.cursor??undefined,grant:this.grant??undefined})
+}
+publish(message){
+return new Promise((resolve,reject)=>{
+this.#n.set(++this.#al,{resolve,reject})
+this.send({publish:message,id:this.#al})
+})
+}
+#ar(frame){
+this.#x(this.timeout)
+if("published" in frame){
+const{resolve,reject}=this.#n.get(frame.published)
+this.#n.delete(frame.published)
+frame.error?reject(failure(frame.error,frame)):resolve()
+}else if("error" in frame)throw failure(frame.error,{...frame,refused:frame.status<500})
+else this.#aq(frame)
+}
+#aq(answer){
+const{cursor,grant,at={},epoch,retry,messages}=answer
+this.answered()
+this.retry=retry
+const gaps=[...new Set([...answer.gaps,...this.#t])]
+this.#t.clear()
+const from=epoch===this.epoch?this.at:{}
+const origin=this.origin
+if(Object.keys(at).length)this.origin=null
+Object.assign(this,{cursor,at,epoch,grant:grant??this.grant})
+this.heard({...answer,grant:this.grant,messages,gaps,at,from,origin})
+}
+get state(){
+const{cursor,at,epoch,grant,client}=this
+return{messages:[],offsets:[],gaps:[],cursor,at,epoch,grant,client,from:at}
+}
+async #bh(){
+this.#d=this.#w()
+const channels=[...this.channels]
+const error=await this.#y(channels)
+if(!error)return backOff(1)
+if(!isFinal(error))return error.retryAfter+backOff(this.#g++)
+if(error.status===400&&this.cursor&&await this.#y(channels.slice(0,1)))return this.#bi()
+const refused=[]
+for(const channel of channels){
+const own=await this.#y([channel])
+if(own&&isFinal(own))refused.push([channel,own])
+}
+for(const[channel,own]of refused)this.#bj(channel,own)
+if(refused.length)return 0
+this.refused([],error)
+return backOff(this.#g++)
+}
+#y(channels){
+const query=parameters(channels,{cursor:this.cursor,grant:this.grant,wait:0})
+return poll(this.address("poll/"),query).then(()=>null,error=>({retryAfter:0,...error,message:error.message}))
+}
+#bj(channel,error){
+this.channels.delete(channel)
+delete this.at[channel]
+this.refused([channel],error)
+}
+#bi(){
+this.cursor=this.grant=this.origin=null
+this.at={}
+for(const channel of this.channels)this.#t.add(channel)
+return 0
+}
+#e(status,detail={}){
+if(this.#p||this.status===status&&status!=="waiting")return
+this.status=status
+this.told(status,{...detail,error:this.trouble})
+}
+}
+class Tabs{
+wants=new Map()
+leads=false
+#as=false
+#at=[]
+#au=new AbortController()
+constructor(name,identifier,{lead,hear,changed}){
+Object.assign(this,{name,identifier,hear,changed})
+const left=new Promise(resolve=>{this.release=resolve})
+this.channel=new BroadcastChannel(name)
+this.channel.onmessage=({data})=>this.#z(data)
+this.#aa(identifier,()=>{this.#as=true;this.#e();return left})
+this.#aa("lead",()=>{this.leads=true;lead();this.post({lead:true});return left})
+}
+want(channels){
+this.#at=channels
+this.#e()
+}
+post(news){this.channel.postMessage(news)}
+leave(){
+this.#au.abort()
+this.release()
+this.channel.close()
+}
+#e(){
+if(this.#as&&!this.leads)this.post({want:this.#at,from:this.identifier})
+}
+#z(news){
+const{lead,want,from}=news
+if(lead)return this.#e()
+if(!want)return this.hear(news)
+if(!this.leads)return
+if(!this.wants.has(from))this.#aa(from,()=>{this.wants.delete(from);this.changed()})
+this.wants.set(from,want)
+this.changed()
+}
+#aa(what,action){
+const{signal}=this.#au
+const given=()=>signal.aborted?null:action()
+navigator.locks.request(`${this.name} ${what}`,{signal},given).catch(error=>signal.aborted||report(error))
+}
+}
+export class Comet{
+onstatus=null
+#h
+#o
+#av=identifier()
+#i="connecting"
+#aw=new AbortController()
+#b=new Map()
+#k=new Map()
+#j=new Map()
+#q
+#ab
+#f=[]
+#ac=false
+#g=0
+#bq=false
+#ad=false
+#a=null
+#c=null
+#l={client:this.#av}
+#ax={}
+constructor(url,{transports=TRANSPORTS,timeout=SILENCE,shared=true,csrfCookie="csrftoken",cursor,grant}={}){
+const given=JSON.parse(url==null&&document.querySelector("script[data-comet]")?.textContent||"{}")
+url??=given.urls?.poll?.replace(/poll\/$/,"")??"/comet/"
+this.#h={transports,timeout,shared,csrfCookie,cursor:cursor??given.cursor}
+this.#l.grant=grant
+const base=new URL(url.replace(/\/*$/,"/"),browser.location?.href)
+this.#o=path=>new URL(path,base)
+const heed=(event,action)=>browser.addEventListener?.(event,action,{signal:this.#aw.signal})
+const wake=()=>{this.#a?this.#a.wake():this.#m({wake:true})}
+for(const event of["online","offline"])heed(event,()=>this.#a?.restart())
+heed("focus",wake)
+heed("visibilitychange",()=>document.hidden||wake())
+heed("pagehide",()=>this.#ae())
+heed("pageshow",({persisted})=>persisted&&this.#af())
+}
+get cursor(){return this.#ab??this.#h.cursor??null}
+get status(){return this.#i}
+on(channel,callback,{gap,refused,event}={}){
+if(this.#i==="closed")throw new Error("This Comet is closed; make a new one.")
+const followers=this.#b.get(channel)
+this.#b.set(channel,[...(followers??[]),{callback,gap,refused,event}])
+if(!this.#k.has(channel))this.#k.set(channel,this.#h.cursor)
+if(!followers)this.#af()
+return this
+}
+off(channel,callback){
+const left=(this.#b.get(channel)??[]).filter(follower=>callback&&follower.callback!==callback)
+if(left.length)this.#b.set(channel,left)
+else this.#ay(channel)
+return this
+}
+close(){
+this.#aw.abort()
+this.#b.clear()
+this.#f.length=0
+this.#ae()
+this.#e("closed")
+}
+publish(channel,data,event=null){
+const message={channel,event,data}
+return this.#a?.send?this.#a.publish(message):this.#bk(message)
+}
+diagnostics(){
+const{transport=null,tries=0,error=null,roundTrip=null,buffering=false,tabs=1}=this.#a?this.#ag:this.#ax
+return{status:this.#i,transport,tries,error,roundTrip,buffering,tabs,leads:this.#a!==null}
+}
+get #ag(){
+const{error,...facts}=this.#a.facts
+return{...facts,error:error?.message??null,tabs:1+(this.#c?.wants.size??0)}
+}
+async #bk(message){
+const headers={"Content-Type":"application/json","X-CSRFToken":this.#az??""}
+const response=await fetch(this.#o("publish/"),{method:"POST",headers,body:JSON.stringify(message)})
+if(!response.ok)throw await refusal(response)
+}
+get #az(){
+const pairs=(browser.document?.cookie??"").split("; ").map(pair=>pair.split("="))
+return pairs.find(([name])=>name===this.#h.csrfCookie)?.[1]
+}
+#ay(channel){
+this.#j.delete(channel)
+if(this.#b.delete(channel))this.#af()
+}
+#af(){
+if(this.#ad)return
+this.#ad=true
+queueMicrotask(()=>{
+this.#ad=false
+if(this.#a)this.#r()
+else if(this.#c||this.#b.size)this.#bl()
+})
+}
+#bl(){
+const{locks}=browser.navigator??{}
+if(!this.#h.shared||!locks||!browser.BroadcastChannel)return this.#ah()
+this.#c??=new Tabs(`${this.#o("")} ${this.#az}`,this.#av,{
+lead:()=>this.#ah(),hear:news=>this.#z(news),changed:()=>this.#r(),
+})
+this.#c.want([...this.#b.keys()])
+}
+#ae(){
+if(this.#a){
+const{cursor,at,epoch,grant}=this.#a
+Object.assign(this.#l,{cursor,at,epoch,grant})
+this.#a.close()
+}
+this.#c?.leave()
+this.#a=this.#c=null
+}
+#ah(){
+const[start,...others]=new Set(this.#k.values())
+const{cursor=others.length?null:start,client}=this.#l
+this.#a=new Feed(this.#o,{...this.#h,client},{...this.#l,cursor},{
+heard:answer=>{
+this.#m({answer:{...answer,client}})
+this.#ai(answer)
+},
+told:(status,detail)=>{
+this.#m({status,detail,facts:this.#ag})
+this.#e(status,detail)
+},
+refused:(channels,error)=>{
+const others=this.#c?.wants.size
+this.#m({refused:channels,error})
+if(channels.length||!others)this.#aj(channels.length?channels:[...this.#b.keys()],error)
+else{this.#c.wants.clear();this.#r()}
+},
+})
+this.#r()
+}
+#r(){
+const feed=this.#a
+if(!feed)return
+const wanted=this.#c?[...this.#c.wants.values()].flat():[]
+feed.follow([...new Set([...this.#b.keys(),...wanted])])
+this.#m({status:feed.status,facts:this.#ag})
+if(!Object.keys(feed.at).length)return
+this.#m({answer:feed.state})
+this.#ai(feed.state)
+}
+#m(news){this.#c?.post(news)}
+#z({answer,status,detail,facts,refused,error,wake}){
+if(wake)this.#a?.wake()
+if(answer){
+const{cursor,at,epoch,grant,client}=answer
+if(!this.#a)this.#l={cursor,at,epoch,grant,client}
+this.#ai(answer)
+}
+if(status&&!this.#a){
+this.#ax=facts
+this.#e(status,detail)
+}
+if(refused?.length)this.#aj(refused,error)
+else if(refused&&!this.#a){
+this.#ae()
+this.#h.shared=false
+this.#ah()
+}
+}
+#ai(answer){
+this.#f.push(answer)
+if(this.#f.length>MOST_QUEUED)this.#f.splice(1,this.#f.length-2)
+if(!this.#ac)this.#bm()
+}
+async #bm(){
+this.#ac=true
+while(this.#f.length){
+const[answer]=this.#f
+const behind=this.#bn(answer)
+if(behind.length){
+await this.#bo(behind[0],answer)
+if(this.#q===answer.epoch||this.#f.length<2)continue
+}else this.#ak(answer,null)
+this.#f.shift()
+}
+this.#ac=false
+}
+#bn({at={},from,epoch,gaps,origin}){
+return Object.keys(at).filter(channel=>{
+if(!this.#b.has(channel)||gaps.includes(channel))return false
+const seen=this.#j.get(channel)
+const start=this.#k.get(channel)
+if(seen===undefined)return start&&start!==origin
+return epoch!==this.#q||!(seen>=at[channel]||from[channel]<=seen)
+})
+}
+async #bo(channel,{at,epoch}){
+const cursor=this.#k.get(channel)??(this.#j.has(channel)?this.#ab:null)
+try{
+const answer=await poll(this.#o("poll/"),parameters([channel],{cursor,grant:this.#l.grant,wait:0}))
+this.#ak(answer,answer.cursor)
+this.#g=0
+if(answer.more||answer.at[channel]>=at[channel])return
+}catch(error){
+if(error.status===400&&cursor)return this.#ak({messages:[],gaps:[channel],at:{[channel]:at[channel]},epoch},null)
+if(isFinal(error))return this.#aj([channel],error)
+}
+await new Promise(resolve=>setTimeout(resolve,backOff(this.#g++)))
+}
+#ak({messages,offsets=[],gaps,at={},epoch,cursor},start){
+for(const channel of gaps)this.#bp(channel,at[channel])
+messages.forEach(({channel,event,data},index)=>{
+if(offsets[index]<=this.#j.get(channel))return
+for(const follower of this.#b.get(channel)??[])
+if(!follower.event||follower.event===event)this.#s(follower.callback,data,{channel,event})
+})
+for(const channel of Object.keys(at).filter(channel=>this.#b.has(channel))){
+this.#j.set(channel,epoch===this.#q?Math.max(at[channel],this.#j.get(channel)??0):at[channel])
+this.#k.set(channel,start)
+}
+this.#q=epoch
+if(start===null&&cursor)this.#ab=cursor
+}
+#bp(channel,offset){
+const followers=this.#b.get(channel)
+if(!followers)return
+this.#j.set(channel,offset)
+const told=followers.filter(({gap})=>gap)
+if(!told.length)console.warn(`comet: messages of ${channel} were lost, and no gap callback is there`)
+for(const{gap}of told)this.#s(gap,channel)
+}
+#aj(channels,error){
+for(const channel of channels){
+const followers=this.#b.get(channel)??[]
+const told=followers.filter(({refused})=>refused)
+if(followers.length&&!told.length)console.error(`comet: ${channel} is followed no longer: ${error.message}`)
+for(const{refused}of told)this.#s(refused,error,channel)
+this.#ay(channel)
+}
+}
+#s(callback,...details){
+if(this.#i==="closed")return
+try{
+callback(...details)
+}catch(error){
+report(error)
+}
+}
+#e(status,detail={}){
+if(this.#i==="closed"||this.#i===status&&status!=="waiting")return
+if(this.onstatus&&status!=="closed")this.#s(this.onstatus,status,detail)
+this.#i=status
+if(status==="closed")this.onstatus?.(status,detail)
+}
 }
