@@ -63,3 +63,27 @@ async def until_parked(count: int) -> None:
     """Returns once so many readers wait; there is no event for what this watches."""
     while comet.status()["parked"] < count:  # noqa: ASYNC110
         await asyncio.sleep(0)
+
+
+def by_name(request: HttpRequest, name: str) -> bool:
+    """Sync, as what queries the database may be."""
+    return name != "silent"
+
+
+async def of_the_user(request: HttpRequest, name: str) -> bool:
+    return (await request.auser()).get_username() == name
+
+
+comet.channel("chat:<str:name>", publisher=by_name)(open_to_all)
+comet.channel("own:<str:name>", publisher=of_the_user)(of_the_user)
+comet.channel("wrapped-chat:<str:answer>", publisher=wrapped)(wrapped)
+comet.channel("raising-chat:<str:name>", publisher=raising)(open_to_all)
+
+#: Opened by a test: until then the authoriser of "slow" thinks.
+thinking: dict[str, asyncio.Event] = {}
+
+
+@comet.channel("slow:<str:name>")
+async def slow(request: HttpRequest, name: str) -> bool:
+    await thinking[name].wait()
+    return True
