@@ -5,6 +5,7 @@ import datetime
 import decimal
 import os
 import threading
+import time
 import uuid
 from collections.abc import Awaitable, Iterator
 from functools import partial
@@ -12,14 +13,26 @@ from typing import Any
 
 import pytest
 from asgiref.sync import sync_to_async
+from django.contrib.auth import alogin
+from django.contrib.auth.middleware import AuthenticationMiddleware
+from django.contrib.auth.models import AnonymousUser, Group, User
+from django.contrib.sessions.backends.db import SessionStore
 from django.db import connection, transaction
+from django.http import HttpRequest, HttpResponse
 from django.test import RequestFactory, override_settings
 from django.utils.translation import gettext_lazy
 
 from tests.comet_channels import until_parked
 from tests.database import opened
+from tests.serving import until
 from tornjango import comet, db
-from tornjango.comet import hub
+from tornjango.comet import brokers, cursors, hub
+from tornjango.comet.brokers.base import Broker, Sink
+from tornjango.comet.hub import Hub
+from tornjango.comet.log import Backlog, Channel, Message
+from tornjango.comet.publishing import encode
+from tornjango.conf import get_config
+from tornjango.exceptions import BrokerUnavailable
 
 FAR = 60.0
 
@@ -284,7 +297,9 @@ async def test_answer_is_the_json_that_clients_take(channel: str) -> None:
     answer = await comet.wait(None, cursor, channel)
     ((_, at),) = answer.at
     expected = f'{{"messages":[{{"channel":"{channel}","event":null,"data":"é \u2028 </script>"}}],'
-    expected += f'"offsets":[{at.offset}],"cursor":"{answer.cursor}","gaps":[],"more":false,"retry":0,'
+    expected += (
+        f'"offsets":[{at.offset}],"cursor":"{answer.cursor}","gaps":[],"more":false,"retry":0,'
+    )
     expected += f'"epoch":"{at.epoch.hex()}","at":{{"{channel}":{at.offset}}}}}'
     assert answer.json().decode() == expected
 
@@ -444,3 +459,398 @@ async def test_message_of_async_code_goes_out_when_its_transaction_commits(
             assert _data(await waiting) == ["at once"]
             waiting = await _parked(comet.wait(None, comet.cursor(channel), channel, timeout=FAR))
         assert _data(await waiting) == ["committed"]
+
+
+@pytest.mark.gen_test
+async def test_apublish_tells_where_its_message_is(channel: str) -> None:
+    first = await comet.apublish(channel, 1)
+    second = await comet.apublish(channel, 2)
+    assert first is not None
+    assert second is not None
+    assert (second.epoch, second.offset) == (first.epoch, first.offset + 1)
+
+
+@pytest.mark.gen_test
+async def test_apublish_in_a_transaction_waits_for_the_commit(channel: str, database: None) -> None:
+    before = _published()
+    async with opened():
+        async with db.atomic():
+            assert await comet.apublish(channel, 1) is None
+            assert _published() == before
+            assert await comet.apublish(channel, 2, now=True) is not None
+            assert _published() == before + 1
+        assert _published() == before + 2
+
+
+@pytest.mark.gen_test
+async def test_batch_stays_together_and_in_order(channel: str) -> None:
+    cursor, other = comet.cursor(channel, f"{channel}-b"), f"{channel}-b"
+    events = [comet.Event([channel, other][n % 2], n, "counted") for n in range(10)]
+    assert comet.publish_batch(events) is not None
+    assert await comet.apublish_batch(iter(events[:1])) is not None
+    answer = await comet.wait(None, cursor, channel, other)
+    assert _data(answer) == [*range(10), 0]
+    offsets = [message.offset for message in answer.messages]
+    assert offsets == list(range(offsets[0], offsets[0] + 11))
+    assert {message.event for message in answer.messages} == {"counted"}
+
+
+def test_batch_with_an_error_in_it_is_not_published_at_all(channel: str) -> None:
+    before = _published()
+    with pytest.raises(TypeError):
+        comet.publish_batch([comet.Event(channel, 1), comet.Event(channel, object())])
+    with pytest.raises(comet.UnknownChannel):
+        comet.publish_batch([comet.Event(channel, 1), comet.Event("nope", 2)])
+    assert _published() == before
+
+
+def test_empty_batch_is_none() -> None:
+    assert comet.publish_batch([]) is None
+    assert asyncio.run(comet.apublish_batch([])) is None
+
+
+# Audiences
+
+
+def _request_of(user: User | None) -> HttpRequest:
+    request = RequestFactory().get("/")
+
+    async def auser() -> User | AnonymousUser:
+        return user or AnonymousUser()
+
+    request.auser = auser
+    return request
+
+
+@pytest.fixture
+def users(database: None) -> list[User]:
+    """Of whom the second is in a group."""
+    first, second = [User.objects.create_user(name) for name in ("first", "second")]
+    second.groups.add(Group.objects.create(name="editors"))
+    return [first, second]
+
+
+@pytest.mark.gen_test
+async def test_audience_narrows_who_gets_a_message(channel: str, users: list[User]) -> None:
+    cursor = comet.cursor(channel)
+    first, second = users
+    comet.publish(channel, "all")
+    comet.publish(channel, "first", users=[first])
+    comet.publish(channel, "by key", users=[second.pk, 4711])
+    comet.publish(channel, "editors", groups=["editors", "nobody"])
+    comet.publish(channel, "either", users=[first], groups=["editors"])
+    comet.publish(channel, "nobody", users=[], groups=[])
+    seen = {
+        name: _data(await comet.wait(request, cursor, channel))
+        for name, request in {
+            "first": _request_of(first),
+            "second": _request_of(second),
+            "anonymous": _request_of(None),
+            "vouched for": None,
+        }.items()
+    }
+    assert seen == {
+        "first": ["all", "first", "either"],
+        "second": ["all", "by key", "editors", "either"],
+        "anonymous": ["all"],
+        "vouched for": ["all"],
+    }
+
+
+@pytest.mark.gen_test
+async def test_message_for_others_wakes_nobody_and_moves_the_cursor(
+    channel: str, users: list[User]
+) -> None:
+    cursor = comet.cursor(channel)
+    request = _request_of(users[0])
+    waiting = await _parked(comet.wait(request, cursor, channel, timeout=FAR))
+    comet.publish(channel, "for the second", users=[users[1]])
+    comet.publish(channel, "for all")
+    answer = await waiting
+    assert _data(answer) == ["for all"]
+    assert (await comet.wait(request, answer.cursor, channel, timeout=0)).messages == []
+
+
+@pytest.mark.parametrize("name", ["users", "groups"])
+def test_audience_that_is_one_string_is_an_error(name: str, channel: str) -> None:
+    with pytest.raises(TypeError, match=f"{name}='ab' must be a list of {name}"):
+        comet.publish(channel, 1, **{name: "ab"})  # type: ignore[arg-type]
+
+
+# Revoking
+
+
+#: The names of "staff:" channels, each time one is asked for.
+asked: list[str] = []
+
+
+@comet.channel("staff:<str:name>")
+async def for_staff(request: HttpRequest, name: str) -> bool:
+    asked.append(name)
+    return (await request.auser()).is_staff
+
+
+@pytest.fixture
+def staff() -> str:
+    asked.clear()
+    return f"staff:{uuid.uuid4()}"
+
+
+async def _logged_in(user: User) -> HttpRequest:
+    """As Django's middleware makes it of a session that is in the database."""
+    request = RequestFactory().get("/")
+    session = SessionStore()
+    await session.acreate()
+    request.session = session
+    await alogin(request, user)
+    await session.asave()
+    request = RequestFactory().get("/")
+    request.session = SessionStore(session.session_key)
+    AuthenticationMiddleware(lambda request: HttpResponse()).process_request(request)
+    return request
+
+
+@pytest.fixture
+def boss(database: None) -> User:
+    return User.objects.create_user("boss", is_staff=True)
+
+
+@pytest.mark.gen_test
+async def test_parked_reader_that_lost_its_right_is_refused_at_once(staff: str, boss: User) -> None:
+    """Though its request has known the user all the time."""
+    request = await _logged_in(boss)
+    waiting = await _parked(comet.wait(request, comet.cursor(staff), staff, timeout=FAR))
+    boss.is_staff = False
+    await boss.asave()
+    comet.revoke(staff)
+    comet.publish(staff, "secret")
+    with pytest.raises(comet.ChannelForbidden, match="may no longer read") as refused:
+        await waiting
+    assert refused.value.channels == [staff]
+
+
+@pytest.mark.gen_test
+async def test_parked_reader_that_has_logged_out_is_refused(staff: str, boss: User) -> None:
+    request = await _logged_in(boss)
+    waiting = await _parked(comet.wait(request, comet.cursor(staff), staff, timeout=FAR))
+    await SessionStore(request.session.session_key).aflush()
+    await comet.arevoke(staff)
+    with pytest.raises(comet.ChannelForbidden):
+        await waiting
+
+
+@pytest.mark.gen_test
+async def test_reader_that_keeps_its_right_goes_on_parked(staff: str, boss: User) -> None:
+    request = await _logged_in(boss)
+    waiting = await _parked(comet.wait(request, comet.cursor(staff), staff, timeout=FAR))
+    comet.revoke(staff)
+    await until(lambda: len(asked) == 2)
+    assert not waiting.done()
+    comet.publish(staff, "still")
+    answer = await waiting
+    assert _data(answer) == ["still"]
+    again = await comet.wait(request, comet.cursor(staff), staff, timeout=0, grant=answer.grant)
+    assert (len(asked), again.grant) == (2, None)
+
+
+@pytest.mark.gen_test
+async def test_revoking_counts_from_its_commit_on(staff: str, boss: User) -> None:
+    request = await _logged_in(boss)
+    waiting = await _parked(comet.wait(request, comet.cursor(staff), staff, timeout=FAR))
+    async with opened(), db.atomic():
+        boss.is_staff = False
+        await boss.asave()
+        comet.revoke(staff)
+        assert not waiting.done()
+    with pytest.raises(comet.ChannelForbidden):
+        await waiting
+
+
+@pytest.mark.gen_test
+async def test_yes_of_a_reader_that_goes_on_ends_with_its_time(
+    staff: str, boss: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = await _logged_in(boss)
+    following = comet.follow(request, comet.cursor(staff), staff)
+    events = aiter(following)
+    first = asyncio.ensure_future(anext(events))
+    await until_parked(1)
+    boss.is_staff = False
+    await boss.asave()
+    later = time.time() + 301
+    monkeypatch.setattr(time, "time", lambda: later)
+    comet.publish(staff, "too late")
+    with pytest.raises(comet.ChannelForbidden):
+        await first
+
+
+@pytest.mark.gen_test
+async def test_nobody_hears_what_is_published_after_a_revocation_while_it_reads(
+    staff: str, boss: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Published by another thread, between asking and reading."""
+    request = await _logged_in(boss)
+    cursor = comet.cursor(staff)
+    read = Hub.read
+    monkeypatch.setattr(Hub, "read", lambda *args: _revoke_before(read, *args))
+
+    def _revoke() -> None:
+        User.objects.update(is_staff=False)
+        comet.revoke(staff)
+        comet.publish(staff, "secret")
+
+    async def _revoke_before(read: Any, *args: Any) -> Any:
+        monkeypatch.undo()
+        await sync_to_async(_revoke)()
+        return await read(*args)
+
+    with pytest.raises(comet.ChannelForbidden):
+        await comet.wait(request, cursor, staff, timeout=FAR)
+
+
+# Following
+
+
+@pytest.mark.gen_test
+async def test_following_brings_messages_and_gaps_in_order(channel: str) -> None:
+    short = channel.replace("open", "short")
+    following = comet.follow(None, comet.cursor(channel, short), channel, short)
+    for n in range(5):
+        comet.publish(short, n)
+    comet.publish(channel, "kept")
+    events = aiter(following)
+    assert await anext(events) == comet.Gap(short)
+    message = await anext(events)
+    assert isinstance(message, comet.Message)
+    assert (message.channel, message.data) == (channel, "kept")
+    later = asyncio.ensure_future(anext(events))
+    await until_parked(1)
+    comet.publish(short, "on")
+    assert (await later).data == "on"  # type: ignore[union-attr]
+    await events.aclose()  # type: ignore[attr-defined]
+    assert comet.status()["parked"] == 0
+
+
+@pytest.mark.gen_test
+async def test_following_that_is_broken_off_anywhere_goes_on_without_loss_or_repetition(
+    channel: str,
+) -> None:
+    other = f"{channel}-other"
+    cursor: str | None = comet.cursor(channel, other)
+    for n in range(20):
+        comet.publish([channel, other][n % 3 == 0], n)
+    seen = []
+    while len(seen) < 20:
+        following = comet.follow(None, cursor, channel, other)
+        assert following.cursor == cursor
+        async for message in following:
+            assert isinstance(message, comet.Message)
+            seen.append(message.data)
+            if len(seen) % 3 == 0 or len(seen) == 20:
+                break
+        cursor = following.cursor
+    assert seen == list(range(20))
+
+
+@pytest.mark.gen_test
+async def test_following_may_go_on_with_the_same_iterator(channel: str) -> None:
+    following = comet.follow(None, comet.cursor(channel), channel)
+    for n in range(3):
+        comet.publish(channel, n)
+    for n in range(3):
+        async for message in following:
+            assert isinstance(message, comet.Message)
+            assert message.data == n
+            break
+
+
+@pytest.mark.gen_test
+async def test_following_ends_when_the_server_stops(channel: str) -> None:
+    following = comet.follow(None, None, channel)
+    seen: list[Any] = []
+
+    async def follow() -> None:
+        seen.extend([event async for event in following])
+
+    task = asyncio.ensure_future(follow())
+    await until_parked(1)
+    comet.publish(channel, "last")
+    comet.drain()
+    await task
+    assert [message.data for message in seen] == ["last"]
+    assert following.cursor is not None
+    assert (await comet.wait(None, following.cursor, channel, timeout=0)).messages == []
+
+
+@pytest.mark.gen_test
+async def test_following_raises_what_waiting_would() -> None:
+    request = RequestFactory().get("/")
+    with pytest.raises(comet.ChannelForbidden):
+        await anext(aiter(comet.follow(request, None, "number:3")))
+    with pytest.raises(comet.InvalidCursor):
+        await anext(aiter(comet.follow(None, "forged", "number:2")))
+
+
+# Crowds, and a broker
+
+
+class _Broker(Broker):
+    """Has a hundred messages of one channel, and its log begins after all of them."""
+
+    name = "counting"
+
+    def __init__(self, channel: str) -> None:
+        self.asked = 0
+        self.messages = [
+            Message(channel, n, time.monotonic(), encode(channel, n, None)) for n in range(1, 101)
+        ]
+
+    def append(self, batch: bytes, drafts: Any, known: Any) -> comet.Position:
+        raise BrokerUnavailable("It only reads.")
+
+    def tail(self, sink: Sink) -> None:
+        if sink.end is None:
+            sink.begin(self.head())
+        sink.connected()
+
+    def backlog(self, channel: Channel) -> Backlog:
+        if channel.name != self.messages[0].channel:
+            return Backlog([], 0)
+        self.asked += 1
+        return Backlog(self.messages, 0)
+
+    def head(self) -> comet.Position:
+        return comet.Position(b"12345678", 100)
+
+    def status(self) -> dict[str, int | float | str]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.gen_test
+async def test_thousand_readers_that_come_back_at_once_ask_the_broker_once(
+    channel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker = _Broker(channel)
+    monkeypatch.setattr(hub, "_hub", (brokers.key(get_config()), Hub(get_config().COMET, broker)))
+    await comet.ready()
+    stood = [n % 100 for n in range(1000)]
+    starts = [cursors.encode({channel: comet.Position(b"12345678", n)}) for n in stood]
+    waits = [comet.wait(None, cursor, channel, timeout=FAR) for cursor in starts]
+    for n, answer in zip(stood, await asyncio.gather(*waits), strict=True):
+        assert _data(answer) == list(range(n + 1, 101))
+    assert broker.asked == 1
+    comet.get_hub().close(0)
+
+
+@pytest.mark.gen_test
+async def test_what_a_crowd_is_told_is_made_once(channel: str) -> None:
+    cursor = comet.cursor(channel)
+    waiting = [comet.wait(None, cursor, channel, timeout=FAR) for _ in range(50)]
+    crowd = asyncio.gather(*waiting)
+    await until_parked(50)
+    comet.publish(channel, "x" * 1000)
+    answers = [answer.json() for answer in await crowd]
+    assert all(answer is answers[0] for answer in answers)
