@@ -50,7 +50,7 @@ class PostgresServer(Server):
     def forget(self) -> None:
         self.age(120)
         broker = PostgresBroker("own")
-        broker.trim()
+        broker.trim(0)
         broker.close()
 
     def age(self, seconds: float) -> None:

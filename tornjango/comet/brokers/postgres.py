@@ -11,11 +11,13 @@ listens. It is the primary that they go to, and directly, or by a PgBouncer in s
 from __future__ import annotations
 
 import json
+import logging
+import random
 import secrets
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,11 +25,13 @@ from django.db import connections
 from django.db.utils import Error, IntegrityError, NotSupportedError
 
 from tornjango.comet.brokers import postgres_sql as sql
-from tornjango.comet.brokers import postgres_trim as trim
 from tornjango.comet.brokers.base import Broker, Draft, Sink
 from tornjango.comet.brokers.postgres_connection import Connection, Watch
+from tornjango.comet.brokers.postgres_trim import PAUSE, trim
 from tornjango.comet.log import EPOCH_BYTES, Audience, Backlog, Channel, Message, Position
 from tornjango.exceptions import BrokerUnavailable, ConfigurationError
+
+logger = logging.getLogger("tornjango.comet")
 
 #: Messages that the tail takes in one piece.
 ROWS = 250
@@ -60,6 +64,8 @@ class PostgresBroker(Broker):
         self._closed = False
         self._open = self._appended = self._removed = 0
         self._append_seconds = 0.0
+        self._trimmer: threading.Thread | None = None
+        self._next_trim = 0.0
         settings = connections.settings[alias]
         host, port = settings["HOST"] or "local", settings["PORT"] or 5432
         self._server = f"{host}:{port}/{settings['NAME']}"
@@ -113,7 +119,7 @@ class PostgresBroker(Broker):
 
     def backlog(self, channel: Channel) -> Backlog:
         name, limits = channel
-        params: dict[str, object] = {
+        params = {
             "channel": name,
             "history": limits.history,
             "max_bytes": limits.max_bytes,
@@ -145,21 +151,13 @@ class PostgresBroker(Broker):
                 self._disconnect(connection)
 
     def _follow(self, connection: Connection, sink: Sink) -> None:
-        trimming = trim.rounds(connection.execute)
-        next_trim = 0.0
         follows = False
         while not sink.stopped:
             more = self._fetch(connection, sink)
             if not follows:
                 follows = True
                 sink.connected()
-            if time.monotonic() >= next_trim:
-                removed = next(trimming)
-                if removed is None:
-                    next_trim = time.monotonic() + trim.PAUSE
-                else:
-                    self._removed += removed
-                    more = True
+            self._start_trimming()
             if not more and not self._heard(connection, sink):
                 self._check_listening(connection)
 
@@ -201,17 +199,35 @@ class PostgresBroker(Broker):
                 'Give TORNJANGO["COMET"]["DATABASE"] an alias that goes to the server directly, or in session mode.'
             )
 
-    def trim(self) -> int:
-        """Removes what is beyond the limits, unless it is another process's turn; the tail does it all the time.
+    # Trimming
 
-        How many messages that were.
+    def _start_trimming(self) -> None:
+        """Now and then, in a thread of its own: the tail is not to wait for it."""
+        now = time.monotonic()
+        if now < self._next_trim or (self._trimmer is not None and self._trimmer.is_alive()):
+            return
+        # Not all processes at once.
+        self._next_trim = now + random.uniform(PAUSE / 2, PAUSE)
+        self._trimmer = threading.Thread(
+            target=self._trim, name="tornjango-comet-trim", daemon=True
+        )
+        self._trimmer.start()
+
+    def _trim(self) -> None:
+        try:
+            self.trim()
+        except (BrokerUnavailable, ConfigurationError) as error:
+            if not self._closed:
+                logger.warning("Old COMET messages are not removed: %s", error)
+
+    def trim(self, pause: float = PAUSE) -> int:
+        """Removes what is beyond the limits, and how much that was; nothing if a process did in the last ``pause`` seconds.
+
+        Where a process follows the broker, it does this all the time.
         """
         with self._connection() as connection:
-            removed = 0
-            for step in trim.rounds(connection.execute):
-                if step is None:
-                    break
-                removed += step
+            removed = trim(connection.execute, pause)
+        self._removed += removed
         return removed
 
     # The server
@@ -282,7 +298,7 @@ class PostgresBroker(Broker):
             self._open -= 1
 
     def _ask_head(
-        self, connection: Connection, statement: str, params: dict[str, object]
+        self, connection: Connection, statement: str, params: Mapping[str, object]
     ) -> list[Any]:
         """The rows of what has one at least, where there is a head."""
         rows = connection.execute(statement, params)

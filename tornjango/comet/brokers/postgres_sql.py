@@ -144,7 +144,8 @@ _REMEMBER_FLOORS = """
 """
 
 # Only a channel that has had messages can have too many of them: so the next messages are looked at, of those that are old
-# enough to be removed, and the channels they are in. Its limits are those of its newest message.
+# enough to be removed, and the channels they are in: each such statement removes about as many as it looks at. A channel's
+# limits are those of its newest message.
 TRIM_TO_LIMITS = f"""
 WITH span AS MATERIALIZED (
     SELECT number, channel FROM (
@@ -166,7 +167,7 @@ WITH span AS MATERIALIZED (
                 row_number() OVER newest_first AS rank,
                 sum(size) OVER newest_first AS total
             FROM tornjango_comet_message AS message
-            WHERE message.channel = changed.channel
+            WHERE message.channel = changed.channel AND number <= (SELECT max(number) FROM span)
             WINDOW newest_first AS (ORDER BY number DESC ROWS UNBOUNDED PRECEDING)
         ) AS ranked
         WHERE rank > newest.history OR total > newest.max_bytes
