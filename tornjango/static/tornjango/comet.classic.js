@@ -212,8 +212,8 @@ this.#x(this.timeout)
 if("published" in frame){
 const{resolve,reject}=this.#n.get(frame.published)
 this.#n.delete(frame.published)
-frame.error?reject(failure(frame.error,frame)):resolve()
-}else if("error" in frame)throw failure(frame.error,{...frame,refused:frame.status<500})
+frame.error?reject(failure(frame.error,{status:frame.status,retryAfter:frame.retry??0})):resolve()
+}else if("error" in frame)throw failure(frame.error,{status:frame.status,retryAfter:frame.retry,refused:isFinal(frame)})
 else this.#aq(frame)
 }
 #aq(answer){

@@ -265,8 +265,8 @@ class Feed {
     if ("published" in frame) {
       const {resolve, reject} = this.#publishing.get(frame.published)
       this.#publishing.delete(frame.published)
-      frame.error ? reject(failure(frame.error, frame)) : resolve()
-    } else if ("error" in frame) throw failure(frame.error, {...frame, refused: frame.status < 500})
+      frame.error ? reject(failure(frame.error, {status: frame.status, retryAfter: frame.retry ?? 0})) : resolve()
+    } else if ("error" in frame) throw failure(frame.error, {status: frame.status, retryAfter: frame.retry, refused: isFinal(frame)})
     else this.#take(frame)
   }
 
