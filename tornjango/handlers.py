@@ -196,12 +196,12 @@ class DjangoHandler(RequestHandler):
     async def _talk(self, response: WebSocketResponse, socket: WebSocket) -> None:
         try:
             await response.talk(socket)
-            socket.close()
         except WebSocketClosedError:
             pass  # as any client that leaves
         except Exception:
             logger.exception("The talk of %s failed (view: %s)", self._line(), self.view_name)
             socket.close(1011, "The server has failed.")
+        socket.close()
 
     def _on_socket_end(self, ended: asyncio.Future[None]) -> None:
         assert self._socket is not None

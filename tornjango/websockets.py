@@ -53,8 +53,11 @@ _REMEMBERED = 8
 #: Frames that may come at once after a pause, for each that may come in a second.
 _BURST = 4
 
-#: What is read and dropped of a message that was too large: closing on unread data would reset the close frame away.
+#: Read at once of a message that is too large, in bytes.
 _DROPPED_AT_ONCE = 64 * 1024
+
+#: The length of a frame's mask, in bytes.
+_MASK = 4
 
 GOING_AWAY, PROTOCOL_ERROR, BAD_DATA, TOO_BIG, FAILED = 1001, 1002, 1007, 1009, 1011
 
@@ -266,7 +269,8 @@ class WebSocket:
 
     def abort(self) -> None:
         """Closes at once."""
-        self._protocol.end()
+        self._protocol.abort()
+        self._task.cancel()  # it may wait for the time to read on
         self._wake()
 
     # For the server
@@ -307,7 +311,7 @@ class WebSocket:
         except Exception:
             logger.exception("Reading a WebSocket's frames failed")
         finally:
-            self._protocol.end()
+            self._protocol.let_go()
             self.ended.set_result(None)
             self._wake()
 
@@ -373,7 +377,9 @@ class _Protocol(WebSocketProtocol13):
         super().__init__(socket, False, params)
         self._socket: WebSocket | None = socket
         self._window: int | None = None
-        self._frame_begins = False
+        self._frame_begins = self._length_follows = False
+        #: Bytes of the frame that were not read yet.
+        self._left = 0
         self._is_too_big = False
 
     def compress(self, window: int) -> None:
@@ -397,9 +403,7 @@ class _Protocol(WebSocketProtocol13):
         try:
             await super()._receive_frame()
         except _TooBig:
-            # Until the client closes, or Tornado's patience after a close frame ends.
-            while True:
-                await self.stream.read_bytes(_DROPPED_AT_ONCE, partial=True)
+            await self._drop_frame()
         except _Violation as violation:
             self._break_off(violation.code, violation.reason)
         except (zlib.error, UnicodeDecodeError) as exc:
@@ -409,22 +413,39 @@ class _Protocol(WebSocketProtocol13):
         self.close(code, reason)
         self._abort()
 
+    async def _drop_frame(self) -> None:
+        """Reads the rest of a frame: closing on unread data would reset the close frame away, and the client's is behind."""
+        while self._left > 0:
+            most = min(self._left, _DROPPED_AT_ONCE)
+            self._left -= len(await self.stream.read_bytes(most, partial=True))
+
     async def _read_bytes(self, n: int) -> bytes:
         data = await super()._read_bytes(n)
         if self._frame_begins:
             self._frame_begins = False
             if not data[1] & 0x80:  # RFC 6455, 5.1
                 raise _Violation(PROTOCOL_ERROR, "A client's frames are masked.")
+            length = data[1] & 0x7F
+            self._length_follows = length >= 126
+            self._left = _MASK + length
+        elif self._length_follows:
+            self._length_follows = False
+            self._left = _MASK + int.from_bytes(data)
+        else:
+            self._left -= n
         return data
 
     def say_goodbye(self, code: int, reason: str | None) -> None:
         """The conversation closes."""
         super().close(code, reason)
 
-    def end(self) -> None:
-        """Closes at once, and lets go of the socket."""
+    def abort(self) -> None:
         self._is_too_big = False
         self._abort()
+
+    def let_go(self) -> None:
+        """Closes at once, and unties the knot with the socket."""
+        self.abort()
         self._socket = None
         self.handler = None  # type: ignore[assignment]
 
