@@ -37,7 +37,8 @@ _LEAST_IDLE = 60
 class Limits(NamedTuple):
     """The bounds of one channel's log: messages, seconds, bytes.
 
-    Of a ``latest`` channel only the newest message counts: whoever missed others has missed nothing.
+    Of a ``latest`` channel only the newest message counts, of those for the same audience: whoever missed others has missed
+    nothing.
     """
 
     history: int
@@ -390,9 +391,9 @@ class Logs:
         log.trim(channel.limits, now)
         self._bytes += log.size - before
         news = log.since(position.offset)
-        if channel.limits.latest and news:
-            return news[-1:]
-        if position.offset >= log.floor:
+        if channel.limits.latest:
+            news = _latest(news)
+        if position.offset >= log.floor or (channel.limits.latest and _is_for_all(news[:1])):
             return news
         return _GAP if log.ends else _MISSING
 
@@ -405,6 +406,20 @@ class Logs:
             "bytes": self._bytes,
             "published": self.published,
         }
+
+
+def _latest(messages: Sequence[Message]) -> list[Message]:
+    """The newest message for all, and since then the newest for each audience."""
+    newest: dict[Audience | None, Message] = {}
+    for message in reversed(messages):
+        newest.setdefault(message.audience, message)
+        if message.audience is None:
+            break
+    return list(newest.values())[::-1]
+
+
+def _is_for_all(messages: Sequence[Message]) -> bool:
+    return any(message.audience is None for message in messages)
 
 
 def _take(messages: Iterable[Message], count: int, size: int) -> list[Message]:
