@@ -18,7 +18,7 @@ from __future__ import annotations
 import heapq
 import json
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice, takewhile
 from operator import attrgetter
