@@ -42,6 +42,9 @@ TICK = 0.2
 HEARTBEAT = 10.0
 GONE_AFTER = 3 * HEARTBEAT
 
+#: Seconds in which the others answer a process that asks. Until then it does not know enough to tell pages.
+ANSWER_TIME = 1.0
+
 #: Members that a channel's state names; it counts them all.
 MEMBERS_SHOWN = 100
 
@@ -144,6 +147,7 @@ class Presence:
         self._spoke = self._ran = self._tidied = clock()
         #: Whether the others have been asked: before, their members are unknown here.
         self.has_asked = alone
+        self._answered = 0.0
         # Of channels: what was told last, as a hash; until when nothing more is; whose last state another process told;
         # and in which nobody is any more, since when.
         self._told: dict[str, int] = {}
@@ -285,6 +289,8 @@ class Presence:
 
     def _states(self, now: float) -> list[Draft]:
         drafts: list[Draft] = []
+        if not self.has_asked or now < self._answered:
+            return drafts
         for name in list(self._roll.changed):
             if len(drafts) == STATES_PER_TICK:
                 break
@@ -339,7 +345,8 @@ class Presence:
             drafts += [self._say("ask", of=process) for process in sorted(self._asks)]
             if not drafts and now - self._spoke >= HEARTBEAT:
                 drafts.append(self._say("lives"))
-            self.has_asked = self.has_asked or _EVERYONE in self._asks
+            if _EVERYONE in self._asks:
+                self.has_asked, self._answered = True, now + ANSWER_TIME
         self._tells = False
         self._news.clear()
         self._asks.clear()
