@@ -37,7 +37,7 @@ class Redis:
         #: For tests, to look and to meddle.
         self.client: Any = redis.Redis.from_url(self.url)
 
-    def start(self, *options: str) -> None:
+    def start(self, *options: str, until_ready: bool = True) -> None:
         """Returns when it has loaded its data. Does nothing when it runs already. ``options`` are for this time."""
         if self._server is not None:
             return
@@ -51,7 +51,12 @@ class Redis:
         self._watcher = subprocess.Popen(
             ["sh", "-c", _WATCH, "watch", str(self._server.pid)], stdin=subprocess.PIPE
         )
-        self._until_ready()
+        if until_ready:
+            try:
+                self._until_ready()
+            except BaseException:
+                self.kill()
+                raise
 
     def _until_ready(self) -> None:
         assert self._server is not None
@@ -124,6 +129,7 @@ def _settings(folder: Path) -> Sequence[str]:
     data = folder / "data"
     data.mkdir(exist_ok=True)
     settings = {
+        "bind": "127.0.0.1",
         "port": "0",
         "unixsocket": str(folder / "socket"),
         "dir": str(data),

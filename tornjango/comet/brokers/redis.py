@@ -90,11 +90,31 @@ _PRESENT = (
 local epoch, offset = tonumber(ARGV[1]), tonumber(ARGV[2])
 local begun, last = present(epoch, offset)
 if ARGV[3] == '1' and begun == epoch then begun, last = renew(epoch) end
--- Changes nothing, but a replica refuses it, as it should: it may be behind. And a full memory does not.
-redis.call('PERSIST', head)
 return id(begun, last)
 """
 )
+
+# after, most: an entry's id, and how many after it. Not a transaction: that would be refused when the memory is full.
+_LOOK = """
+-- Changes nothing, but a replica refuses it, as it should: it may be behind.
+redis.call('PERSIST', KEYS[1])
+return {
+  redis.call('HMGET', KEYS[1], 'epoch', 'last', 'mark'),
+  redis.call('XRANGE', KEYS[2], '(' .. ARGV[1], '+', 'COUNT', ARGV[2]),
+  redis.call('TIME'),
+}
+"""
+
+# channel, most
+_BACKLOG = """
+return {
+  redis.call('HMGET', KEYS[1], 'epoch', 'last', 'floor'),
+  redis.call('ZSCORE', KEYS[2], ''),
+  redis.call('ZSCORE', KEYS[2], ARGV[1]),
+  redis.call('XREVRANGE', KEYS[3], '+', '-', 'COUNT', ARGV[2]),
+  redis.call('TIME'),
+}
+"""
 
 # batch, its memory in ms, TAIL, TAIL_BYTES, MARGIN in us, and the newest known epoch and offset; then of each message
 # the channel, body, audience, and the limits: messages, bytes, us. Keys: batch, and of each message the channel's log.
@@ -214,6 +234,8 @@ class RedisBroker(Broker):
         self._client: Any = redis.Redis(connection_pool=self._pool)
         self._present = self._client.register_script(_PRESENT)
         self._append = self._client.register_script(_APPEND)
+        self._look = self._client.register_script(_LOOK)
+        self._backlog = self._client.register_script(_BACKLOG)
         self._log_keys = [self._key("head"), self._key("tail"), self._key("lasts")]
         # The append's own: a process that has just published something may not have seen it come yet.
         self._stored: Position | None = None
@@ -247,7 +269,7 @@ class RedisBroker(Broker):
         """Delivers what there is, or begins anew; whether there may be more at once."""
         end = sink.end
         assert end is not None
-        look = self._look(end)
+        look = self._look_after(end)
         if look.end is None or look.end < end:
             self._begin(sink, self._find_end(end))
         elif look.end.epoch != end.epoch:
@@ -290,16 +312,13 @@ class RedisBroker(Broker):
         self._mark = None
         self._last, self._behind = end.offset, 0
 
-    def _look(self, end: Position) -> _Look:
-        """At one moment: what is read in one transaction fits together."""
-        with self._calling(), self._client.pipeline() as transaction:
-            transaction.hmget(self._key("head"), "epoch", "last", "mark")
-            transaction.xrange(self._key("tail"), f"({_id(end)}", count=LOOK)
-            transaction.time()
-            (epoch, last, mark), found, now = transaction.execute()
+    def _look_after(self, end: Position) -> _Look:
+        with self._calling():
+            (epoch, last, mark), found, clock = self._look(self._log_keys[:2], [_id(end), LOOK])
         if epoch is None:
             return _Look(None, b"", [])
-        entries = [_entry(id, fields, _microseconds(now)) for id, fields in found]
+        now = _microseconds(clock)
+        entries = [_entry(id, _fields(pairs), now) for id, pairs in found]
         return _Look(_position(epoch + b"-" + last), mark, entries)
 
     def _find_end(self, known: Position | None, *, fork: bool = False) -> Position:
@@ -315,13 +334,10 @@ class RedisBroker(Broker):
             self._client.xread({self._key("tail"): _id(sink.end)}, count=1, block=wait)
 
     def backlog(self, channel: Channel) -> Backlog:
-        with self._calling(), self._client.pipeline() as transaction:
-            transaction.hmget(self._key("head"), "epoch", "last", "floor")
-            transaction.zscore(self._key("lasts"), "")
-            transaction.zscore(self._key("lasts"), channel.name)
-            transaction.xrevrange(self._log_key(channel), count=channel.limits.history)
-            transaction.time()
-            (epoch, end, floor), complete, last, found, now = transaction.execute()
+        keys = [self._key("head"), self._key("lasts"), self._log_key(channel)]
+        arguments: list[str | int] = [channel.name, channel.limits.history]
+        with self._calling():
+            (epoch, end, floor), complete, last, found, clock = self._backlog(keys, arguments)
         if epoch is None:
             return Backlog([], 0, b"")
         epoch = _epoch(epoch)
@@ -329,7 +345,7 @@ class RedisBroker(Broker):
             return Backlog([], int(end), epoch)
         if last is None:
             return Backlog([], int(floor), epoch)
-        messages, begin = _within(channel, int(last), found, _microseconds(now))
+        messages, begin = _within(channel, int(last), found, _microseconds(clock))
         return Backlog(messages, begin, epoch)
 
     def head(self) -> Position:
@@ -429,9 +445,13 @@ def _decode_audience(text: bytes) -> Audience | None:
     return Audience(frozenset(users), frozenset(groups))
 
 
-def _microseconds(clock: tuple[int, int]) -> int:
+def _microseconds(clock: Sequence[bytes]) -> int:
     seconds, microseconds = clock
-    return seconds * 10**6 + microseconds
+    return int(seconds) * 10**6 + int(microseconds)
+
+
+def _fields(pairs: Sequence[bytes]) -> dict[bytes, bytes]:
+    return dict(zip(pairs[::2], pairs[1::2], strict=True))
 
 
 def _message(channel: str, offset: int, fields: dict[bytes, bytes], now: int) -> Message:
@@ -460,13 +480,14 @@ def _contiguous(entries: Iterable[_Entry], offset: int) -> Iterator[_Entry]:
 
 
 def _within(
-    channel: Channel, last: int, newest_first: Iterable[tuple[bytes, dict[bytes, bytes]]], now: int
+    channel: Channel, last: int, newest_first: Iterable[tuple[bytes, Sequence[bytes]]], now: int
 ) -> tuple[list[Message], int]:
     """The channel's messages within its limits, oldest first, and the number after which they are all there were."""
     oldest = now - int(min(channel.limits.ttl, DAY) * 10**6)
     size = 0
     messages: list[Message] = []
-    for id, fields in newest_first:
+    for id, pairs in newest_first:
+        fields = _fields(pairs)
         size += len(fields[b"body"])
         if size > channel.limits.max_bytes or int(fields[b"time"]) <= oldest:
             break
