@@ -106,10 +106,13 @@ def channel(
             )
 
     def declare(authoriser: _A) -> _A:
-        is_async = _is_async(authoriser)
         bounds = history, ttl, max_bytes
         options = latest, presence, publisher
-        _declare(Declaration(pattern, _route(pattern), authoriser, is_async, *bounds, *options))
+        _declare(
+            Declaration(
+                pattern, _route(pattern), authoriser, waits_on_loop(authoriser), *bounds, *options
+            )
+        )
         return authoriser
 
     return declare
@@ -237,5 +240,6 @@ async def _check(match: Match, answer: bool | Awaitable[bool]) -> None:
         raise ChannelForbidden(f"This request may not read the channel {match.channel.name!r}.")
 
 
-def _is_async(authoriser: Authoriser) -> bool:
+def waits_on_loop(authoriser: Authoriser) -> bool:
+    """Whether it is a coroutine function, or an instance that is called as one; others belong into a thread."""
     return iscoroutinefunction(authoriser) or iscoroutinefunction(type(authoriser).__call__)

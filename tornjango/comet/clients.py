@@ -98,7 +98,7 @@ async def _authorise(request: HttpRequest, match: channels.Match) -> None:
     if publisher is None:
         raise ChannelForbidden(f"Clients may not publish to the channel {name!r}.")
     answer: Any
-    if channels._is_async(publisher):
+    if channels.waits_on_loop(publisher):
         answer = publisher(request, **match.kwargs)
     else:
         answer = await sync_to_async(publisher)(request, **match.kwargs)
