@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tornjango.comet.log import (
     EPOCH_BYTES,
+    Audience,
     Backlog,
     Channel,
     Limits,
@@ -281,6 +282,36 @@ def test_latest_has_no_gap_when_older_messages_are_forgotten() -> None:
     for body in (b"1", b"2", b"3"):
         _append(logs, latest, body, now=0)
     assert _bodies(_read(logs, (latest, start))) == [b"3"]
+
+
+def _append_for(logs: Logs, user: str | None, body: bytes) -> Position:
+    audience = None if user is None else Audience(frozenset({user}), frozenset())
+    logs.append(LATEST.limits, Message("latest", logs.sequence + 1, 0, body, audience))
+    return logs.end
+
+
+def test_latest_is_the_newest_for_all_and_since_then_the_newest_for_each_audience() -> None:
+    logs = _logs()
+    start = logs.end
+    for user, body in [
+        (None, b"1"),
+        ("a", b"2"),
+        (None, b"3"),
+        ("a", b"4"),
+        ("b", b"5"),
+        ("a", b"6"),
+    ]:
+        _append_for(logs, user, body)
+    assert _bodies(_read(logs, (LATEST, start))) == [b"3", b"5", b"6"]
+
+
+def test_latest_for_some_does_not_hide_that_the_latest_for_all_is_forgotten() -> None:
+    logs, latest = _logs(), Channel("latest", LIMITS._replace(latest=True, history=1))
+    start = logs.end
+    audience = Audience(frozenset({"a"}), frozenset())
+    logs.append(latest.limits, Message("latest", 1, 0, b"1"))
+    logs.append(latest.limits, Message("latest", 2, 0, b"2", audience))
+    assert _read(logs, (latest, start)).gaps == ["latest"]
 
 
 def test_latest_has_a_gap_when_its_newest_message_is_forgotten() -> None:
