@@ -20,7 +20,8 @@ from django.views import View
 from tests.projects import Project
 from tornjango import advice
 from tornjango.advice import Advice, advise
-from tornjango.conf import Config
+from tornjango.comet import channels
+from tornjango.conf import CometConfig, Config
 from tornjango.views import green
 
 HERE = "tests.test_advice"
@@ -235,6 +236,21 @@ def test_connections_are_added_up(options: Any, pool: Any, fact: str) -> None:
         (found,) = (e for e in _of_default(Config(**options)) if "at most" in e.fact)
     assert f"default: at most {fact}" in found.fact
     assert bool(found.do) is (options.get("WORKERS") == 4)
+
+
+def test_connections_of_the_broker_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels, "_declared", {})
+    config = Config(COMET=CometConfig(BROKER="postgres"))
+    assert not any("COMET" in each.fact for each in _of_default(config))
+
+    @channels.channel("live")
+    async def anyone(request: HttpRequest) -> bool:
+        return True
+
+    (found,) = (each for each in _of_default(config) if "at most" in each.fact)
+    assert (
+        "33 connections (10 of the pool, 16 of worker threads, 7 of COMET's broker)" in found.fact
+    )
 
 
 def test_nothing_is_asked_of_a_database(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,17 +63,43 @@ def _ids(**options: Any) -> list[str | None]:
         return [message.id for message in check_settings()]
 
 
-@pytest.mark.parametrize(("workers", "found"), [(0, []), (1, []), (2, ["tornjango.E002"])])
-def test_channels_in_the_memory_of_one_of_several_workers_are_an_error(
-    workers: int, found: list[str]
-) -> None:
-    assert _ids(WORKERS=workers) == []
-
+def _declare_channel() -> None:
     @channels.channel("live:<int:pk>")
     async def anyone(request: HttpRequest, pk: int) -> bool:
         return True
 
-    assert _ids(WORKERS=workers) == found
+
+@pytest.mark.parametrize(
+    ("workers", "comet", "found"),
+    [
+        (0, {}, []),
+        (1, {}, []),
+        # The database is PostgreSQL.
+        (2, {}, []),
+        (2, {"BROKER": "memory"}, ["tornjango.E002"]),
+        (1, {"BROKER": "memory"}, []),
+        (2, {"DATABASE": "sqlite"}, ["tornjango.E002"]),
+        (2, {"BROKER": "redis"}, []),
+        (1, {"BROKER": "postgres", "DATABASE": "sqlite"}, ["tornjango.E007"]),
+        (1, {"BROKER": "postgres", "DATABASE": "elsewhere"}, ["tornjango.E007"]),
+    ],
+)
+def test_a_broker_that_does_not_do_for_the_channels_is_an_error(
+    workers: int, comet: dict[str, Any], found: list[str]
+) -> None:
+    assert _ids(WORKERS=workers, COMET=comet) == []
+    _declare_channel()
+    assert _ids(WORKERS=workers, COMET=comet) == found
+
+
+def test_a_broker_without_its_tables_or_its_package_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _declare_channel()
+    with override_settings(INSTALLED_APPS=[STATIC]):
+        assert _ids(COMET={"BROKER": "postgres"}) == ["tornjango.E007"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert _ids(COMET={"BROKER": "redis"}) == ["tornjango.E007"]
 
 
 def test_static_files_from_nowhere_are_an_error() -> None:

@@ -19,6 +19,7 @@ from django.utils.deprecation import MiddlewareMixin
 from django.utils.module_loading import import_string
 
 from tornjango import blocking, templates
+from tornjango.comet import brokers, channels
 from tornjango.conf import Config
 from tornjango.db import pools
 from tornjango.green import runs_green
@@ -28,6 +29,9 @@ from tornjango.views import Kind, kind_of, methods_of, view_name
 
 #: What PostgreSQL allows at one time, unless its ``max_connections`` says otherwise.
 MAX_CONNECTIONS = 100
+
+#: Those of the PostgreSQL broker in one process, when all that it does is done at once; it keeps three.
+BROKER_CONNECTIONS = 7
 
 #: Names in one piece of advice; there may be thousands of sync views.
 NAMES = 10
@@ -223,6 +227,9 @@ def _count(alias: str, config: Config, in_threads: int, threads: bool) -> Iterat
     parts = f"{config.POOL_SIZE} of the pool" + (
         f", {in_threads} of worker threads" if threads else ""
     )
+    if _has_broker(alias, config):
+        each += BROKER_CONNECTIONS
+        parts += f", {BROKER_CONNECTIONS} of COMET's broker"
     fact = f"{alias}: at most {each * workers} connections ({parts}"
     fact += f", in each of {workers} workers)." if workers > 1 else ")."
     if "postg" in database["ENGINE"] and each * workers >= MAX_CONNECTIONS:
@@ -232,6 +239,11 @@ def _count(alias: str, config: Config, in_threads: int, threads: bool) -> Iterat
         )
     else:
         yield Advice(fact)
+
+
+def _has_broker(alias: str, config: Config) -> bool:
+    is_here = brokers.chosen(config) == brokers.POSTGRES and alias == config.COMET.DATABASE
+    return is_here and bool(channels.patterns())
 
 
 # Back ends

@@ -6,6 +6,7 @@ tornjango.E003  static files are to be served from a STATIC_ROOT that is not set
 tornjango.E004  metrics without prometheus-client
 tornjango.E005  a database that cannot have the engine that the settings say
 tornjango.E006  LOOP_MIDDLEWARE names what is not in MIDDLEWARE
+tornjango.E007  a COMET broker that lacks its database, its tables or its package
 tornjango.W001  another app's ``runserver`` hides tornjango's
 tornjango.W002  metrics of several workers, and nothing that gathers them
 tornjango.W003  several workers where DEBUG is on
@@ -25,7 +26,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.utils.module_loading import autodiscover_modules
 
-from tornjango.comet import channels
+from tornjango.comet import brokers, channels
 from tornjango.conf import Config, get_config
 from tornjango.db import pools
 from tornjango.exceptions import ConfigurationError
@@ -51,15 +52,40 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
 
 
 def _comet(config: Config) -> Iterator[CheckMessage]:
-    if config.WORKERS < 2:
-        return
     autodiscover_modules("channels")  # where the app is not installed, nothing has
-    if channels.patterns():
+    if not channels.patterns():
+        return
+    broker = brokers.chosen(config)
+    if config.WORKERS > 1 and broker == brokers.MEMORY:
         yield Error(
             f'TORNJANGO["WORKERS"] is {config.WORKERS}, and COMET keeps its channels in the memory of one process: '
             "what one worker publishes, readers in another would miss.",
-            hint="Serve with one worker.",
+            hint='Set TORNJANGO["COMET"]["BROKER"] to "postgres" or "redis", or serve with one worker.',
             id="tornjango.E002",
+        )
+    if broker == brokers.POSTGRES:
+        yield from _postgres_broker(config)
+    if broker == brokers.REDIS and importlib.util.find_spec("redis") is None:
+        yield Error(
+            'TORNJANGO["COMET"]["BROKER"] is "redis", and redis-py is not installed.',
+            hint='pip install "tornjango[redis]"',
+            id="tornjango.E007",
+        )
+
+
+def _postgres_broker(config: Config) -> Iterator[CheckMessage]:
+    alias = config.COMET.DATABASE
+    if not brokers.is_postgres(alias):
+        yield Error(
+            f'TORNJANGO["COMET"]["DATABASE"] is {alias!r}, which is no PostgreSQL of DATABASES.',
+            hint="Name the alias of one that is, and no replica.",
+            id="tornjango.E007",
+        )
+    elif not apps.is_installed("tornjango"):
+        yield Error(
+            "COMET keeps its channels in PostgreSQL, and its tables are not made: 'tornjango' is not in INSTALLED_APPS.",
+            hint=f"Put it there, and run manage.py migrate --database={alias}.",
+            id="tornjango.E007",
         )
 
 

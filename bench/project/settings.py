@@ -91,5 +91,5 @@ TORNJANGO = {
     "ENGINES": {"default": os.environ.get("BENCH_ENGINE", "momoko")},
     "POOL_SIZE": CONNECTIONS,
     "RESPONSE_TIMEOUT": 600,
-    "COMET": {"POLL_TIMEOUT": 600},
+    "COMET": {"POLL_TIMEOUT": 600, "BROKER": os.environ.get("BENCH_BROKER", "memory")},
 }

@@ -34,7 +34,8 @@ def trim(execute: Execute, pause: float) -> int:
 
 
 def _all(execute: Execute, statement: str) -> int:
-    removed = step = 0
+    removed = 0
+    step: int
     while True:
         [(step,)] = execute(statement, {"rows": ROWS})
         removed += step
@@ -43,7 +44,8 @@ def _all(execute: Execute, statement: str) -> int:
 
 
 def _beyond_limits(execute: Execute, examined: int) -> int:
-    removed, step, rows = 0, 0, FIRST
+    removed, rows = 0, FIRST
+    step: int
     while True:
         began = time.monotonic()
         [(upto, looked_at, step)] = execute(
