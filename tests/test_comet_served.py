@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import threading
 import uuid
@@ -12,11 +13,21 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+from django.conf import settings
+from django.http import HttpRequest
 from django.test import override_settings
 
 from tests.comet_channels import until_parked
 from tornjango import comet
 from tornjango.testing import LiveServer, RawClient
+
+#: Whether "right:" channels may be read.
+rights = {"secret": True}
+
+
+@comet.channel("right:<str:name>")
+async def by_right(request: HttpRequest, name: str) -> bool:
+    return rights["secret"]
 
 
 @pytest.fixture(autouse=True)
@@ -177,3 +188,65 @@ async def test_refused_polls_leave_the_connection_and_the_server_unharmed(channe
         head = await client.request(_target(channel), method="HEAD")
         assert head.status == 405
         assert (await _poll(client, channel))["messages"] == []
+
+
+@pytest.mark.gen_test
+async def test_million_channels_in_a_target_are_refused_before_there_is_a_request() -> None:
+    target = f"/comet/poll/?{'channel=open:1234567&' * 1_000_000}"
+    async with _served() as (server, client):
+        sending = asyncio.ensure_future(client.send(f"GET {target} HTTP/1.1\r\n".encode()))
+        assert (await client.head()).status == 431
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+        assert not server.application.in_flight
+
+
+@pytest.mark.gen_test
+async def test_long_list_of_channels_is_posted(channel: str) -> None:
+    names = [f"{channel}-{n}" for n in range(32)]
+    form = [("Content-Type", "application/x-www-form-urlencoded")]
+    async with _served() as (_, client):
+        fields = {"channel": names, "cursor": comet.cursor(*names)}
+        body = urlencode(fields, doseq=True).encode()
+        poll = asyncio.ensure_future(
+            client.request("/comet/poll/", method="POST", headers=form, body=body)
+        )
+        await until_parked(1)
+        comet.publish(names[31], 1)
+        assert json.loads((await poll).body)["messages"][0]["channel"] == names[31]
+        body += b"&padding=" + b"x" * 70_000
+        refused = await client.request("/comet/poll/", method="POST", headers=form, body=body)
+        assert refused.status == 413
+
+
+@pytest.mark.gen_test
+async def test_parked_poll_is_answered_compressed(channel: str) -> None:
+    middleware = ["django.middleware.gzip.GZipMiddleware", *settings.MIDDLEWARE]
+    with override_settings(MIDDLEWARE=middleware):
+        async with _served() as (_, client):
+            target = _target(channel, cursor=comet.cursor(channel))
+            headers = [("Accept-Encoding", "gzip")]
+            poll = asyncio.ensure_future(client.request(target, headers=headers))
+            await until_parked(1)
+            comet.publish(channel, "x" * 1000)
+            response = await poll
+            assert response.header("Content-Encoding") == "gzip"
+            assert b"x" * 1000 in gzip.decompress(response.body)
+
+
+@pytest.mark.gen_test
+async def test_parked_poll_is_refused_when_its_channel_is_revoked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(rights, "secret", True)
+    name = f"right:{uuid.uuid4()}"
+    async with _served() as (_, client):
+        target = _target(name, cursor=comet.cursor(name))
+        poll = asyncio.ensure_future(client.request(target))
+        await until_parked(1)
+        rights["secret"] = False
+        comet.revoke(name)
+        comet.publish(name, "secret")
+        response = await poll
+        assert response.status == 403
+        assert b"may no longer read" in response.body

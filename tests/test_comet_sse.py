@@ -18,7 +18,7 @@ from django.contrib.auth.models import User
 from django.core.exceptions import PermissionDenied
 from django.db import connections
 from django.http import HttpRequest
-from django.test import Client, override_settings
+from django.test import AsyncClient, Client, override_settings
 
 from tests.comet_channels import until_parked
 from tests.database import Watcher
@@ -214,8 +214,9 @@ async def test_line_breaks_in_what_is_published_break_nothing(channel: str) -> N
         ("&".join(f"channel=open:{n}" for n in range(33)), 400),
     ],
 )
-def test_refusal_is_an_answer_and_no_stream(query: str, status: int) -> None:
-    response = Client().get(f"/comet/sse/?{query}")
+@pytest.mark.gen_test
+async def test_refusal_is_an_answer_and_no_stream(query: str, status: int) -> None:
+    response = await AsyncClient().get(f"/comet/sse/?{query}")
     assert (response.status_code, response.streaming) == (status, False)
     assert list(json.loads(response.content)) == ["error"]
 
@@ -226,8 +227,15 @@ def test_other_methods_are_not_allowed(method: str, channel: str) -> None:
     assert (response.status_code, response.headers["Allow"]) == (405, "GET")
 
 
+def test_under_wsgi_there_are_polls_only(channel: str, error_log: Log) -> None:
+    response = Client().get(f"/comet/sse/?channel={channel}")
+    assert (response.status_code, response.streaming) == (501, False)
+    assert error_log.pop().getMessage() == "Not Implemented: /comet/sse/"
+
+
 @pytest.mark.parametrize("error", [BrokerUnavailable("pg at db.internal"), Overloaded("THREADS")])
-def test_what_cannot_be_read_now_is_503_with_a_time_to_come_back(
+@pytest.mark.gen_test
+async def test_what_cannot_be_read_now_is_503_with_a_time_to_come_back(
     error: Exception, channel: str, monkeypatch: pytest.MonkeyPatch, error_log: Log
 ) -> None:
     async def ready() -> None:
@@ -235,7 +243,7 @@ def test_what_cannot_be_read_now_is_503_with_a_time_to_come_back(
 
     monkeypatch.setattr(get_hub(), "ready", ready)
     for transport in ("sse", "poll"):
-        response = Client().get(f"/comet/{transport}/?channel={channel}")
+        response = await AsyncClient().get(f"/comet/{transport}/?channel={channel}")
         assert response.status_code == 503
         assert int(response.headers["Retry-After"]) >= 1
         assert str(error) not in response.content.decode()

@@ -380,17 +380,18 @@ async def test_newer_poll_of_a_client_has_the_older_answered_with_its_own_cursor
 
 
 @pytest.mark.parametrize("transport", ["poll", "sse"])
-def test_page_of_another_site_reads_nothing_and_changes_nothing(
+@pytest.mark.gen_test
+async def test_page_of_another_site_reads_nothing_and_changes_nothing(
     transport: str, channel: str
 ) -> None:
     """Browsers keep an answer without Access-Control-Allow-Origin from it, and JSON is no script."""
     before = comet.status()
-    client = Client(enforce_csrf_checks=True)
+    client = AsyncClient(enforce_csrf_checks=True)
     there = {"Origin": "https://elsewhere.example", "Sec-Fetch-Site": "cross-site"}
     url = f"/comet/{transport}/"
-    answers = [client.get(url, {"channel": channel}, headers=there)]
+    answers = [await client.get(url, {"channel": channel}, headers=there)]
     if transport == "poll":
-        answers.append(client.post(url, {"channel": channel}, headers=there))
+        answers.append(await client.post(url, {"channel": channel}, headers=there))
     for answer in answers:
         assert answer.status_code == 200
         assert not [name for name in answer.headers if name.lower().startswith("access-control")]

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+from django.core.handlers.wsgi import WSGIRequest
 from django.db import connections, transaction
 from django.http import HttpRequest, HttpResponse, JsonResponse, QueryDict, StreamingHttpResponse
 from django.http.response import HttpResponseBase
@@ -89,6 +90,8 @@ async def sse(request: HttpRequest) -> HttpResponseBase:
     """The event stream: fields in the query of a GET; ``Last-Event-ID`` goes before ``cursor``."""
     if request.method != "GET":
         return not_allowed(request, "event streams", "GET")
+    if isinstance(request, WSGIRequest):  # its server would wait for the end of it
+        return refuse(501, "Under WSGI there are no event streams: poll, or serve with tornjango.")
     asked = _Asked.of(request.GET)
     # An EventSource that comes back has the cursor of its last event, and still the query of its first request.
     cursor = request.headers.get("Last-Event-ID") or asked.cursor
