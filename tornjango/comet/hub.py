@@ -403,8 +403,9 @@ class Hub:
 
     def connected(self) -> None:
         self._tail_pause = FIRST_PAUSE
-        self._report("tail", None)
+        # Before the broker counts as back: else the others would be gone that could not be heard.
         self.presence.resume()
+        self._report("tail", None)
 
     @property
     def stopped(self) -> bool:
