@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from asgiref.sync import async_to_sync, iscoroutinefunction
 from django.conf import settings
-from django.core.handlers import base
+from django.core.handlers import base, exception
 from django.core.handlers.base import BaseHandler
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
@@ -123,33 +123,112 @@ def on_loop(hook: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
     return call
 
 
-def keep_on_loop(middleware: MiddlewareMixin) -> None:
-    """Replaces what ``MiddlewareMixin`` does under ASGI, for this instance: hooks that never wait are simply called."""
-    before, before_async = _in_two_ways(getattr(middleware, "process_request", None))
-    after, after_async = _in_two_ways(getattr(middleware, "process_response", None))
-    get_response: AsyncView = middleware.get_response  # type: ignore[assignment]
+class _Hook(NamedTuple):
+    """``process_request`` or ``process_response``: called where it does not wait, and awaited as ``aside`` where it would."""
 
-    async def acall(request: HttpRequest) -> HttpResponseBase:
-        response = None
-        if before is not None:
-            response = before(request)
-        elif before_async is not None:
-            response = await before_async(request)
-        response = response or await get_response(request)
-        if after is not None:
-            response = after(request, response)
-        elif after_async is not None:
-            response = await after_async(request, response)
+    waits: Waits
+    call: Callable[..., Any]
+    aside: Callable[..., Awaitable[Any]]
+
+    @classmethod
+    def of(cls, middleware: MiddlewareMixin, name: str) -> _Hook | None:
+        hook = getattr(middleware, name, None)
+        if hook is None:
+            return None
+        waits = waits_of(hook)
+        if waits is None:
+            return cls(_always, hook, cancellation.in_thread(hook))
+        return cls(waits, hook, functools.partial(green.run, hook))
+
+
+class _Layers:
+    """Middleware one inside the other, each with an exception becoming a response around it: as Django runs them, in one coroutine.
+
+    Django's own way is two for each, which a request that waits for hours keeps all the while.
+    """
+
+    def __init__(
+        self, layers: Sequence[tuple[_Hook | None, _Hook | None]], get_response: AsyncView
+    ) -> None:
+        self.layers = layers
+        self.get_response = get_response
+
+    async def run(self, request: HttpRequest) -> HttpResponseBase:
+        """Raises what the outermost raises: Django has its own around that."""
+        response: HttpResponseBase
+        response, depth = await self._inwards(request)
+        for index in range(depth, -1, -1):
+            after = self.layers[index][1]
+            if after is None:
+                continue
+            try:
+                waits = after.waits(request, response)
+                handle: Any = after.aside if waits else after.call
+                response = await handle(request, response) if waits else handle(request, response)
+            except Exception as exc:
+                if not index:
+                    raise
+                response = await _response_for(request, exc)
         return response
 
-    middleware.__acall__ = acall  # type: ignore[method-assign]
+    async def _inwards(self, request: HttpRequest) -> tuple[Any, int]:
+        """A response, and the index of the innermost layer that it passes on its way out."""
+        index, response = -1, None
+        try:
+            for before, _ in self.layers:
+                index += 1
+                if before is not None:
+                    waits = before.waits(request)
+                    response = await before.aside(request) if waits else before.call(request)
+                if response:
+                    return response, index
+            return await self.get_response(request), index
+        except Exception as exc:
+            if not index:
+                raise
+            return await _response_for(request, exc), index - 1
 
 
-def _in_two_ways(hook: Callable[..., Any] | None) -> tuple[Any, Any]:
-    """A hook to be called, or one to be awaited, or neither."""
-    if hook is None:
-        return None, None
-    return (hook, None) if waits_of(hook) is _never else (None, on_loop(hook))
+async def _response_for(request: HttpRequest, exc: Exception) -> HttpResponseBase:
+    """As ``convert_exception_to_response`` makes it."""
+    make: Any = exception.sync_to_async(  # type: ignore[attr-defined]
+        exception.response_for_exception, thread_sensitive=False
+    )
+    response: HttpResponseBase = await make(request, exc)
+    return response
+
+
+def keep_on_loop(middleware: MiddlewareMixin) -> None:
+    """Replaces what ``MiddlewareMixin`` does under ASGI, for this instance: hooks that never wait are simply called."""
+    own = _Hook.of(middleware, "process_request"), _Hook.of(middleware, "process_response")
+    get_response: AsyncView = middleware.get_response  # type: ignore[assignment]
+    inner = _layers_of(get_response)
+    if inner is None:
+        layers = _Layers([own], get_response)
+    else:
+        layers = _Layers([own, *inner.layers], inner.get_response)
+    middleware.__acall__ = layers.run  # type: ignore[method-assign]
+
+
+def _layers_of(get_response: Any) -> _Layers | None:
+    """Those of the middleware that this is, if Django has put nothing around it but what makes exceptions responses."""
+    middleware = getattr(get_response, "__wrapped__", None)
+    if getattr(get_response, "__code__", None) is not _CONVERTING:
+        return None
+    if not isinstance(middleware, MiddlewareMixin):
+        return None
+    if type(middleware).__call__ is not MiddlewareMixin.__call__:
+        return None
+    layers = getattr(middleware.__acall__, "__self__", None)
+    return layers if isinstance(layers, _Layers) else None
+
+
+async def _nothing(request: HttpRequest) -> HttpResponseBase:
+    raise NotImplementedError
+
+
+#: What ``convert_exception_to_response`` puts around async middleware.
+_CONVERTING = exception.convert_exception_to_response(_nothing).__code__
 
 
 def is_sync_inside(middleware: Any) -> bool:

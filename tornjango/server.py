@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NoReturn
 from tornado.web import RequestHandler
 from tornado.websocket import WebSocketHandler
 
-from tornjango import comet, green
+from tornjango import collecting, comet, green
 from tornjango.application import END_TIMEOUT, Application
 from tornjango.conf import get_config
 from tornjango.http1 import HTTP1Server
@@ -265,7 +265,8 @@ def run(
 
     Python would wait without end for a worker thread whose call does not return.
     """
-    asyncio.run(_serve_and_go(server, begun, prepare))
+    with collecting.seldom():
+        asyncio.run(_serve_and_go(server, begun, prepare))
 
 
 async def _serve_and_go(
