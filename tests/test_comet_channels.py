@@ -50,6 +50,8 @@ def test_name_is_resolved_as_a_path_would_be() -> None:
         "xnumber:1",
         "open:a/b",
         "open:" + "x" * 196,
+        "open:a\0b",
+        "open:a\ud800",
     ],
 )
 def test_name_that_no_pattern_matches_is_unknown(name: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -70,6 +71,8 @@ class Match(NamedTuple):
     def ask(self, request: HttpRequest) -> bool | Awaitable[bool]:
         return self.declaration.authoriser(request, **self.kwargs)
 
+
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 _declared: dict[str, Declaration] = {}
 
@@ -179,7 +182,8 @@ def _companion_of(declaration: Declaration) -> Declaration:
 
 
 def _find(name: str) -> Match | None:
-    if len(name) <= MAX_NAME_LENGTH:
+    # No broker, and no database, takes NUL or half a character for text; who made such a name means no good.
+    if len(name) <= MAX_NAME_LENGTH and not _NO_TEXT.search(name):
         for declaration in _declared.values():
             if found := declaration.route.match(name):
                 return Match(Channel(name, declaration.limits), declaration, found[2])
