@@ -250,7 +250,8 @@ class WebSocket:
             self.sent += size
             self.waiting += size
             try:
-                await written
+                # Shielded, for Tornado asks a write's future for its exception, which one that is cancelled raises.
+                await asyncio.shield(written)
             finally:
                 self.waiting -= size
         except StreamClosedError as exc:
