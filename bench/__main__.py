@@ -17,7 +17,18 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench import compare, download, environment, parked, profiling, queries, reload, routing, soak
+from bench import (
+    compare,
+    download,
+    drill,
+    environment,
+    parked,
+    profiling,
+    queries,
+    reload,
+    routing,
+    soak,
+)
 from bench.servers import BARE, PEERS, PSYCOPG, ROOT, BenchError, Environment, Peer, Place
 from tests.postgres import Postgres, PostgresError
 
@@ -45,6 +56,7 @@ def _with_default(arguments: list[str]) -> list[str]:
         "queries",
         "parked",
         "download",
+        "drill",
         "reload",
         "routing",
         "soak",
@@ -100,6 +112,16 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("soak", parents=[common], help="reloads, kills and disconnects")
     command.add_argument("--minutes", type=float, default=10.0, help="how long (10)")
     command.set_defaults(run=run_soak)
+
+    command = commands.add_parser("drill", help="COMET's readers, and all that may happen to them")
+    command.add_argument("--json", action="store_true", help="print the figures as JSON")
+    command.add_argument("minutes", type=float, nargs="?", default=5.0, help="each broker (5)")
+    command.add_argument("--readers", type=count, default=2000, help="over three transports (2000)")
+    command.add_argument("--rate", type=count, default=50, help="events a second (50)")
+    command.add_argument(
+        "--brokers", nargs="+", choices=drill.BROKERS, default=drill.BROKERS, metavar="NAME"
+    )
+    command.set_defaults(run=run_drill)
 
     command = commands.add_parser("routing", help="a path's view among many URL patterns")
     command.add_argument("--json", action="store_true", help="print the figures as JSON")
@@ -221,6 +243,18 @@ def run_soak(options: argparse.Namespace) -> None:
     )
     if result.failures:
         raise BenchError(f"{len(result.failures)} requests failed")
+
+
+def run_drill(options: argparse.Namespace) -> None:
+    raise_file_limit(options.readers + 200)
+    results = [
+        drill.run(broker, options.minutes * 60, options.readers, options.rate)
+        for broker in options.brokers
+    ]
+    figures: dict[str, object] = {"drill": [drill.as_json(result) for result in results]}
+    show(options, figures, drill.report(results))
+    if failures := sum(len(result.failures) for result in results):
+        raise BenchError(f"{failures} readers' slices were not what was published")
 
 
 def run_routing(options: argparse.Namespace) -> None:
