@@ -128,8 +128,9 @@ class PostgresBroker(Broker):
             rows = self._ask_head(connection, sql.BACKLOG, params)
         now = time.monotonic()
         messages: list[Message] = []
-        floor: int = rows[0][0]
-        for _, number, body, audience, age, total in rows:
+        epoch = bytes(rows[0][0])
+        floor: int = rows[0][1]
+        for _, _, number, body, audience, age, total in rows:
             if number is None or number <= floor:
                 break
             if len(messages) == limits.history or total > limits.max_bytes or age >= limits.ttl:
@@ -137,7 +138,7 @@ class PostgresBroker(Broker):
                 break
             messages.append(_message(name, number, now - age, body, audience))
         messages.reverse()
-        return Backlog(messages, floor)
+        return Backlog(messages, floor, epoch)
 
     # The tail
 

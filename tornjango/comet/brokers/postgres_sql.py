@@ -67,6 +67,7 @@ ORDER BY message.number
 #: The newest messages, and one that is beyond the limits, if there is one; newest first. One row without a message, if none is.
 BACKLOG = """
 SELECT
+    head.epoch,
     coalesce(
         floor.number,
         -- A floor that is forgotten was below what is left, and is not above the head's.
