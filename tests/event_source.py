@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
@@ -36,7 +34,6 @@ class EventSource:
         self.retry: int | None = None
         self.last_id = ""
         self._buffer = ""
-        self._unpack: Callable[[bytes], bytes] = bytes
 
     async def open(
         self, *channels: str, headers: tuple[tuple[str, str], ...] = (), **fields: str
@@ -46,8 +43,6 @@ class EventSource:
         lines += [f"{name}: {value}" for name, value in headers]
         await self.client.send("\r\n".join([*lines, "\r\n"]).encode())
         self.head = await self.client.head()
-        if self.head.header("Content-Encoding") == "gzip":
-            self._unpack = zlib.decompressobj(wbits=31).decompress
         return self.head
 
     async def next(self) -> Event | None:
@@ -58,7 +53,7 @@ class EventSource:
                 if not chunk:
                     assert not self._buffer
                     return None
-                self._buffer += self._unpack(chunk).decode()
+                self._buffer += chunk.decode()
             block, _, self._buffer = self._buffer.partition("\n\n")
             if (event := self._read(block)) is not None:
                 return event

@@ -30,8 +30,13 @@ MAX_FORM = 64 * 1024
 # An answer is for one reader, once; and a proxy that collects it before passing it on would hold it back.
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
-# RFC 9111, 5.2.2.6: a proxy that compresses would collect, too.
-_STREAM_HEADERS = {**HEADERS, "Cache-Control": "no-store, no-transform"}
+# What compresses holds back, too: a proxy (RFC 9111, 5.2.2.6), and until Django 6 its own GZipMiddleware, which keeps off
+# what has an encoding. And each compressor has its window: it makes a stream take several times as much memory.
+_STREAM_HEADERS = {
+    **HEADERS,
+    "Cache-Control": "no-store, no-transform",
+    "Content-Encoding": "identity",
+}
 
 # Seconds, for a broker that is away.
 RETRY_AFTER = 2
