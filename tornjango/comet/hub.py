@@ -479,7 +479,8 @@ class Hub:
             self._stopping.set()
         if self._outbox is not None and (left := self._outbox.close(wait)):
             logger.error("%d messages were not published: the broker does not take them", left)
-        self._fetchers.shutdown(wait=False, cancel_futures=True)
+        # What the broker is being asked takes its TIMEOUT at most, all of it at the same time.
+        self._fetchers.shutdown(wait=True, cancel_futures=True)
         if self._tail is not None:
             self._tail.join(Broker.TIMEOUT)
         if self.broker is not None:

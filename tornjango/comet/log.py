@@ -305,7 +305,8 @@ class Logs:
         family = self._family(channel.limits)
         log = family.logs.get(channel.name)
         known = family.floor if log is None else log.floor
-        if known > asked.offset or {asked.epoch, backlog.epoch or asked.epoch} != {self.epoch}:
+        epoch = asked.epoch if backlog.epoch is None else backlog.epoch
+        if known > asked.offset or {asked.epoch, epoch} != {self.epoch}:
             return
         if log is None:
             log = self._make(family, channel.name, known)

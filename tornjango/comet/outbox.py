@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
-from tornjango.comet.brokers.base import Appender, Draft
+from tornjango.comet.brokers.base import Appender, Broker, Draft
 from tornjango.comet.log import Position
 from tornjango.exceptions import BrokerUnavailable, Overloaded
 
@@ -102,7 +102,8 @@ class Outbox:
     def close(self, wait: float) -> int:
         """Takes no more; returns when the broker has all, or after ``wait`` seconds, with how many it has not.
 
-        Those fail with BrokerUnavailable at once, but for what the broker is being given at this moment.
+        Those fail with BrokerUnavailable at once, but for what the broker is being given at this moment: for that it waits, for
+        Broker.TIMEOUT at most.
         """
         with self._changed:
             self._closed = True
@@ -118,6 +119,8 @@ class Outbox:
         self._fail(
             letters, BrokerUnavailable(f"The {self._broker.name} broker was away: {STOPPED}")
         )
+        if thread is not None:
+            thread.join(Broker.TIMEOUT)
         return left
 
     def _run(self) -> None:
