@@ -116,6 +116,7 @@ class Outbox:
         with self._changed:
             letters = list(self._letters)
             self._letters.clear()
+            self._waiting -= sum(len(letter.drafts) for letter in letters)
         self._fail(
             letters, BrokerUnavailable(f"The {self._broker.name} broker was away: {STOPPED}")
         )
