@@ -17,7 +17,9 @@ from django.contrib.auth.models import AnonymousUser, User
 from django.http import HttpRequest
 from django.test import RequestFactory, override_settings
 
+from tests.comet_postgres import PostgresServer
 from tests.loopback_broker import LoopbackBroker, LoopbackServer
+from tests.postgres import Postgres
 from tests.serving import serving, until
 from tornjango import comet
 from tornjango.comet import channels
@@ -32,6 +34,7 @@ from tornjango.comet.presence import (
     MEMBERS_SHOWN,
     PIECE,
     PRESENCE,
+    RETRY,
     TICK,
     Presence,
     member_id,
@@ -339,9 +342,43 @@ async def test_state_that_could_not_be_told_is_told_later(
     alone.appear(ROOM, ANN)
     alone.run()
     words.error = None
+    clock.now += RETRY - TICK
+    alone.run()
+    assert words.drafts == []
     clock.now += TICK
     alone.run()
     assert [state["count"] for state in words.data()] == [1]
+
+
+@pytest.mark.gen_test
+async def test_one_announcement_is_on_its_way_at_a_time(clock: Clock) -> None:
+    sent: list[Sequence[Draft]] = []
+    arrived: Future[Position] = Future()
+
+    def send(drafts: Sequence[Draft], wait: float) -> Future[Position]:
+        sent.append(drafts)
+        return arrived
+
+    presence = Presence(send, alone=False, clock=clock)
+    for n in range(100):
+        presence.appear(ROOM, Member(str(n)))
+        clock.now += TICK
+        presence.run()
+    assert len(sent) == 1
+    arrived.set_result(Position(b"epoch", 1))
+    presence.run()
+    (draft,) = sent[1]
+    assert len(json.loads(draft.body)["data"]["entries"]) == 99
+
+
+@pytest.mark.gen_test
+async def test_what_a_broker_cannot_store_is_logged(
+    alone: Presence, words: Words, error_log: list[Any]
+) -> None:
+    words.error = ValueError("no text")
+    alone.appear(ROOM, ANN)
+    alone.run()
+    assert "no text" in error_log.pop().getMessage()
 
 
 @pytest.mark.gen_test
@@ -624,6 +661,25 @@ async def test_process_that_does_not_hear_the_others_asks_the_log() -> None:
 
 
 @pytest.mark.gen_test
+async def test_over_postgresql(own_postgres: Postgres) -> None:
+    server = PostgresServer(own_postgres)
+    one, two = (Hub(get_config().COMET, server.make()) for _ in range(2))
+    try:
+        for hub in (one, two):
+            await hub.ready()
+            hub.presence.start()
+        one.presence.appear(ROOM, ANN)
+        two.presence.appear(ROOM, BOB)
+        await until(lambda: sorted(one.members(ROOM)) == sorted(two.members(ROOM)) == [ANN, BOB])
+        one.presence.vanish(ROOM, ANN.id, 0)
+        await until(lambda: two.members(ROOM) == [BOB])
+    finally:
+        for hub in (one, two):
+            hub.presence.timer.stop()
+            hub.close(5)
+
+
+@pytest.mark.gen_test
 async def test_memory_is_handed_over_with_who_was_there(tmp_path: Path) -> None:
     clock = Clock()
     old, new = (Hub(get_config().COMET, None) for _ in range(2))
@@ -857,6 +913,25 @@ async def test_timer_tells_by_itself_and_rests_when_there_is_nothing_to_do(
     presence.vanish(ROOM, ANN.id, 0.01)
     await until(lambda: len(words.drafts) == 2)
     await until(lambda: presence.timer._handle is None)
+
+
+@pytest.mark.gen_test
+async def test_timer_goes_on_after_an_error(
+    monkeypatch: pytest.MonkeyPatch, error_log: list[Any]
+) -> None:
+    for name in ("TICK", "HEARTBEAT"):
+        monkeypatch.setattr(MODULE, name, 0.001)
+    calls: list[int] = []
+
+    def run() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise ZeroDivisionError
+
+    timer = MODULE.Timer(run)
+    timer.start()
+    await until(lambda: len(calls) == 2)
+    assert error_log.pop().exc_info[0] is ZeroDivisionError
 
 
 def test_timer_goes_on_another_loop_when_its_own_is_closed(

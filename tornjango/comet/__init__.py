@@ -274,11 +274,19 @@ def presence(channel: str) -> list[Member]:
     """Who follows a channel that is declared with ``presence=True``, on any transport, in any process; the longest there first.
 
     A client counts once, however many readers it has, and for ``TORNJANGO["COMET"]["LINGER"]`` seconds after the last of
-    them: its next poll may be on its way. One that is killed with its process counts for half a minute more.
+    them: its next poll may be on its way. One that says that it leaves the channel, over a WebSocket, is gone at once; so is
+    one that may not read it any more, and one without a name for itself, which nobody would know again. Whoever was in a
+    process that was killed counts for half a minute more.
+
+    Followers hear of it on the channel's companion, ``"room:7@presence"``, which asks whom it lets in as the channel does,
+    and to which no client publishes: ``{"count": 3, "members": [{"id", "user", "name"}, ...]}``, first when they come, then
+    whenever it changes. The count is exact; of the members it has the hundred that have been there longest. All followers
+    see them, with what ``get_username()`` says: think of that where it is an address.
 
     A served process answers from memory. Any other one, such as a command, has the broker's last word, which names a
     hundred members at most: it waits for the broker, so on an event loop it raises BrokerUnavailable. With the memory for a
-    broker other processes see nobody. Raises UnknownChannel, and CometError for a channel without presence.
+    broker other processes see nobody. In the first second of a process those of others may be missing. Raises
+    UnknownChannel, and CometError for a channel without presence.
     """
     declaration = _channels.resolve(channel).declaration
     if not declaration.presence:

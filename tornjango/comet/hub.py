@@ -268,9 +268,7 @@ class Hub:
                 return True
             # Who may not read a channel may not read who is there.
             names = name, name.removesuffix(channels.COMPANION)
-            return any(
-                granted.offset < self._revoked.get(it, self._revoked_floor) for it in names
-            )
+            return any(granted.offset < self._revoked.get(it, self._revoked_floor) for it in names)
 
     def _remember_revocation(self, message: Message) -> None:
         """In one step with its append: no reader has what was published after it, and does not know of it."""
@@ -292,7 +290,7 @@ class Hub:
 
     def members(self, name: str) -> list[Member]:
         """Who follows a presence channel: as this process hears, or else as its companion has told last."""
-        if self.presence.has_asked:
+        if self.presence.takes_part:
             return self.presence.members(name)
         assert self.broker is not None
         if asyncio._get_running_loop() is not None:
@@ -502,7 +500,6 @@ class Hub:
             "lag": round(self.lag, 4),
             "lost": 0.0 if lost is None else time.monotonic() - lost[1],
         }
-
 
     def newest(self, most: int) -> list[dict[str, Any]]:
         """The channels with the newest messages: readers here, messages in the last minute, bytes, seconds since the last."""

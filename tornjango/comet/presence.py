@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import secrets
 import threading
 import time
@@ -35,12 +36,17 @@ from tornjango.comet.roll import Entry, Member, Roll
 from tornjango.conf import get_config
 from tornjango.exceptions import BrokerUnavailable, Overloaded
 
+logger = logging.getLogger("tornjango.comet")
+
 #: Seconds between two announcements of a process, at least.
 TICK = 0.2
 
 #: Seconds after which a process says that it lives, and after which one that has not is gone.
 HEARTBEAT = 10.0
 GONE_AFTER = 3 * HEARTBEAT
+
+#: Seconds after which what could not be sent is tried again: that is everything, and so no little work.
+RETRY = 2.0
 
 #: Seconds in which the others answer a process that asks. Until then it does not know enough to tell pages.
 ANSWER_TIME = 1.0
@@ -52,7 +58,7 @@ MEMBERS_SHOWN = 100
 DELIVERIES_PER_SECOND = 2000
 
 #: States of channels that a process tells in one go; the others come with the next one.
-STATES_PER_TICK = 200
+STATES_PER_TICK = 50
 
 #: Members of one process that may linger. Beyond that the first to go goes at once: clients make up names for nothing.
 MAX_LINGERING = 50_000
@@ -87,7 +93,8 @@ def make_member(id: str, user: Any) -> Member:
     if user is None or not user.is_authenticated:
         return Member(id)
     pk = user.pk if isinstance(user.pk, int) else str(user.pk)
-    return Member(id, pk, str(user.get_username())[:NAME_LENGTH])
+    name = str(user.get_username())[:NAME_LENGTH]
+    return Member(id, pk, name.encode("utf-8", "replace").decode())
 
 
 @dataclass(slots=True)
@@ -145,9 +152,10 @@ class Presence:
         self._tells = False
         self._sending = False
         self._spoke = self._ran = self._tidied = clock()
-        #: Whether the others have been asked: before, their members are unknown here.
-        self.has_asked = alone
-        self._answered = 0.0
+        #: Whether this process takes part: else it knows nothing of the others.
+        self.takes_part = alone
+        self._has_asked = alone
+        self._answered = self._resting = 0.0
         # Of channels: what was told last, as a hash; until when nothing more is; whose last state another process told;
         # and in which nobody is any more, since when.
         self._told: dict[str, int] = {}
@@ -215,8 +223,11 @@ class Presence:
             self._forget(now)
             if now - self._tidied >= HEARTBEAT:
                 self._tidy(now)
-            drafts = [] if self._sending else [*self._announcements(now), *self._states(now)]
-            self._sending = bool(drafts)
+            drafts: list[Draft] = []
+            if not self._sending and now >= self._resting:
+                drafts += self._announcements(now)
+                drafts += self._states(now)
+                self._sending = bool(drafts)
         if drafts:
             self._put(drafts)
         with self._lock:
@@ -252,7 +263,7 @@ class Presence:
         if self._emptied or self._quiet or self._doubts:
             times.append(self._tidied + HEARTBEAT)
         if not self._sending and (self._roll.changed or self._news or self._tells or self._asks):
-            times.append(now)
+            times.append(self._resting)
         return max(min(times) - now, TICK) if times else None
 
     def _put(self, drafts: Sequence[Draft]) -> None:
@@ -265,7 +276,9 @@ class Presence:
             sent.add_done_callback(partial(self._sent, drafts))
 
     def _sent(self, drafts: Sequence[Draft], sent: Future[Position]) -> None:
-        if sent.exception() is not None:
+        if (error := sent.exception()) is not None:
+            if not isinstance(error, BrokerUnavailable):
+                logger.error("Who is present in COMET's channels was not told: %s", error)
             self._failed(drafts)
             return
         with self._lock:
@@ -273,10 +286,11 @@ class Presence:
         self.timer.wake()
 
     def _failed(self, drafts: Sequence[Draft]) -> None:
-        """The hub has said so. The others have missed something: all there is is told again."""
+        """Of a broker that is away the hub has told. The others have missed something: all there is is told again."""
         names = {draft.channel.name for draft in drafts}
         with self._lock:
             self._sending = False
+            self._resting = self._clock() + RETRY
             self._tells = True
             self._asks.add(_EVERYONE)
             for name in names - {PRESENCE.name}:
@@ -289,7 +303,7 @@ class Presence:
 
     def _states(self, now: float) -> list[Draft]:
         drafts: list[Draft] = []
-        if not self.has_asked or now < self._answered:
+        if not self._has_asked or now < self._answered:
             return drafts
         for name in list(self._roll.changed):
             if len(drafts) == STATES_PER_TICK:
@@ -346,7 +360,8 @@ class Presence:
             if not drafts and now - self._spoke >= HEARTBEAT:
                 drafts.append(self._say("lives"))
             if _EVERYONE in self._asks:
-                self.has_asked, self._answered = True, now + ANSWER_TIME
+                self.takes_part = self._has_asked = True
+                self._answered = now + ANSWER_TIME
         self._tells = False
         self._news.clear()
         self._asks.clear()
@@ -421,6 +436,7 @@ class Presence:
         """For the server: from now on, on the running event loop, this process takes part."""
         with self._lock:
             self._closed = False
+            self.takes_part = True
         self.timer.start()
 
     def begin(self, farewells: Iterable[Message], *, anew: bool) -> None:
@@ -460,7 +476,7 @@ class Presence:
                 return
             self._closed = True
             linger = get_config().COMET.LINGER + spread
-            known = self._roll.processes.get(self.id) or (self.has_asked and not self._alone)
+            known = self._roll.processes.get(self.id) or (self._has_asked and not self._alone)
             drafts = self._whole(FAREWELLS, "farewell", linger=linger) if known else []
         if drafts:
             self._put(drafts)
@@ -514,9 +530,12 @@ class Timer:
     def _fire(self, loop: asyncio.AbstractEventLoop) -> None:
         if loop is self._loop:
             self._handle, self._soon = None, False
-            delay = self._run()
-            if delay is not None and not self._soon:
-                self._plan(loop, delay)
+            delay: float | None = HEARTBEAT
+            try:
+                delay = self._run()
+            finally:
+                if delay is not None and not self._soon:
+                    self._plan(loop, delay)
 
 
 def _pieces(entries: Iterable[Sequence[Any]]) -> Iterator[list[Sequence[Any]]]:
