@@ -15,7 +15,9 @@ import pytest
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/sbin")
 
 #: For what needs it.
-needs_nginx = pytest.mark.skipif(NGINX is None, reason="needs nginx (on Debian: apt-get install nginx)")
+needs_nginx = pytest.mark.skipif(
+    NGINX is None, reason="needs nginx (on Debian: apt-get install nginx)"
+)
 
 #: A WebSocket's handshake, which nginx passes on to nobody unless it is told.
 UPGRADE = """
@@ -27,7 +29,7 @@ UPGRADE = """
 _TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 _MAIN = """
 daemon off;
-master_process off;
+{user}
 pid {folder}/nginx.pid;
 error_log {folder}/error.log;
 events {{ worker_connections 512; }}
@@ -40,9 +42,9 @@ http {{
 _SERVER = """
 server {{
     listen {address};
-    proxy_set_header Host $http_host;
     location / {{
         proxy_pass http://127.0.0.1:{upstream};
+        proxy_set_header Host $http_host;
         {inside}
     }}
     {beside}
@@ -61,19 +63,31 @@ def proxies(
     assert NGINX is not None
     with ExitStack() as stack:
         listening = {name: stack.enter_context(_listen()) for name in servers}
-        addresses = {name: "%s:%d" % sock.getsockname() for name, sock in listening.items()}
+        addresses = {name: f"127.0.0.1:{sock.getsockname()[1]}" for name, sock in listening.items()}
         config = _MAIN.format(
             folder=folder,
+            # A worker that root starts is nobody, who may not enter here.
+            user="user root;" if os.geteuid() == 0 else "",
             temporary="\n".join(f"{name}_temp_path {folder}/{name};" for name in _TEMPORARY),
             servers="".join(
-                _SERVER.format(address=addresses[name], upstream=upstream, inside=inside, beside=beside)
+                _SERVER.format(
+                    address=addresses[name], upstream=upstream, inside=inside, beside=beside
+                )
                 for name, (inside, beside) in servers.items()
             ),
         )
         (folder / "nginx.conf").write_text(config)
         fds = [sock.fileno() for sock in listening.values()]
         process = subprocess.Popen(
-            [NGINX, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")],
+            [
+                NGINX,
+                "-p",
+                str(folder),
+                "-c",
+                str(folder / "nginx.conf"),
+                "-e",
+                str(folder / "error.log"),
+            ],
             pass_fds=fds,
             # Sockets that listen already, as those that one nginx hands to the next: so ports come from the kernel.
             env=os.environ | {"NGINX": "".join(f"{fd};" for fd in fds)},
@@ -87,5 +101,5 @@ def proxies(
 
 def _listen() -> socket.socket:
     listening = socket.create_server(("127.0.0.1", 0))
-    listening.set_inheritable(True)
+    listening.setblocking(False)  # as nginx leaves them to the next
     return listening

@@ -48,15 +48,15 @@ status="connecting"
 channels=new Set()
 at={}
 facts={transport:null,tries:0,error:null,roundTrip:null,buffering:false}
-#g=0
+#h=0
 #d=0
 #t=new Set()
 #n=new Map()
-#al=0
+#ak=0
 #u=false
 #p=false
 #v
-#am=()=>{}
+#al=()=>{}
 constructor(address,{transports,timeout,client},{cursor,at={},epoch,grant},{heard,told,refused}){
 Object.assign(this,{address,transports,timeout,client,cursor,at,epoch,grant,heard,told,refused})
 this.origin=Object.keys(at).length?null:cursor
@@ -72,7 +72,7 @@ if(!this.#u)return void this.#ba()
 if(!added.length&&!left.length)return
 if(!this.send||!channels.length)return this.restart()
 if(left.length)this.send({leave:left})
-if(added.length)this.#an(added)
+if(added.length)this.#am(added)
 }
 close(){
 this.#p=true
@@ -82,7 +82,7 @@ restart(){
 this.abort?.(RESTARTED)
 this.wake()
 }
-wake(){this.#am()}
+wake(){this.#al()}
 async #ba(){
 this.#u=true
 while(this.channels.size&&!this.#p){
@@ -99,7 +99,7 @@ this.#v=setTimeout(()=>this.abort?.(failure("nothing came",{silent:true})),time)
 this.#e("waiting",{delay})
 return new Promise(resolve=>{
 const timer=delay<Infinity&&setTimeout(resolve,delay)
-this.#am=()=>{clearTimeout(timer);resolve()}
+this.#al=()=>{clearTimeout(timer);resolve()}
 })
 }
 async #bb(){
@@ -109,20 +109,20 @@ const last=this.#d===this.transports.length-1
 const began=performance.now()
 this.abort=reason=>control.abort(reason)
 this.#x(kind==="poll"?this.timeout:FIRST_BYTE)
-this.upgrade=this.#d&&setTimeout(()=>kind!=="poll"&&this.#ao(),this.until-Date.now())
 this.answered=()=>{
 this.answered=()=>{}
-this.#g=0
+this.#h=0
 this.trouble=null
 if(kind!=="poll")this.facts.roundTrip=Math.round(performance.now()-began)
 if(this.facts.transport!==kind)this.#bd(kind)
+if(this.#d&&kind!=="poll")this.upgrade=setTimeout(()=>this.#an(),this.until-Date.now())
 this.#e("open")
 }
 this.retry=0
 this.facts.tries++
 try{
 await{socket:this.#be,sse:this.#bf,poll:this.#bg}[kind].call(this,control.signal)
-if(kind==="poll"&&this.#d&&Date.now()>this.until)this.#ao()
+if(kind==="poll"&&this.#d&&Date.now()>this.until)this.#an()
 return this.retry||(kind==="poll"?0:backOff(0))
 }catch(error){
 if(error===RESTARTED)return 0
@@ -134,7 +134,7 @@ if(refused||last&&isFinal(error))return this.#bh()
 if(!last&&!opened&&!retryAfter)return void this.#d++
 this.facts.transport=null
 this.#d=this.#w()
-return retryAfter+backOff(this.#g++)
+return retryAfter+backOff(this.#h++)
 }finally{
 clearTimeout(this.#v)
 clearTimeout(this.upgrade)
@@ -153,20 +153,20 @@ this.pauseBetween=this.#d&&Math.min(LAST_UPGRADE,this.pauseBetween*2||UPGRADE)
 this.until=Date.now()+this.pauseBetween
 storage()?.setItem(this.key,JSON.stringify([kind,this.until,this.pauseBetween]))
 }
-#ao(){
+#an(){
 this.#d=0
 this.facts.transport=null
 this.restart()
 }
-#ap(more){
+#ao(more){
 return parameters(this.channels,{cursor:this.cursor,grant:this.grant,client:this.client,...more})
 }
 async #bg(signal){
-this.#aq(await poll(this.address("poll/"),this.#ap(),signal))
+this.#ap(await poll(this.address("poll/"),this.#ao(),signal))
 }
 async #bf(signal){
 const options={signal,cache:"no-store",headers:{Accept:"text/event-stream"}}
-const response=await fetch(`${this.address("sse/")}?${this.#ap()}`,options)
+const response=await fetch(`${this.address("sse/")}?${this.#ao()}`,options)
 if(!response.ok)throw await refusal(response)
 const reader=response.body.pipeThrough(new TextDecoderStream()).getReader()
 for(let text="",part;!(part=await reader.read()).done;){
@@ -175,7 +175,7 @@ text=events.pop()
 this.#x(this.timeout)
 for(const event of events){
 const data=/^data:\s?(.*)/m.exec(event)?.[1]
-if(data)this.#ar(JSON.parse(data))
+if(data)this.#aq(JSON.parse(data))
 }
 }
 }
@@ -186,11 +186,11 @@ const socket=new WebSocket(`${url}?${parameters([], {client: this.client})}`)
 signal.onabort=()=>{reject(signal.reason);socket.close()}
 socket.onopen=()=>{
 this.send=frame=>socket.send(JSON.stringify(frame))
-this.#an([...this.channels])
+this.#am([...this.channels])
 }
 socket.onmessage=({data})=>{
 if(signal.aborted)return
-try{this.#ar(JSON.parse(data))}catch(error){this.abort(error)}
+try{this.#aq(JSON.parse(data))}catch(error){this.abort(error)}
 }
 socket.onclose=({code,reason})=>reject(failure(`the WebSocket was closed: ${code} ${reason}`))
 }).finally(()=>{
@@ -198,25 +198,25 @@ for(const{reject}of this.#n.values())reject(failure("the connection was lost: it
 this.#n.clear()
 })
 }
-#an(channels){
+#am(channels){
 this.send({follow:channels,cursor:this.cursor??undefined,grant:this.grant??undefined})
 }
 publish(message){
 return new Promise((resolve,reject)=>{
-this.#n.set(++this.#al,{resolve,reject})
-this.send({publish:message,id:this.#al})
+this.#n.set(++this.#ak,{resolve,reject})
+this.send({publish:message,id:this.#ak})
 })
 }
-#ar(frame){
+#aq(frame){
 this.#x(this.timeout)
 if("published" in frame){
 const{resolve,reject}=this.#n.get(frame.published)
 this.#n.delete(frame.published)
 frame.error?reject(failure(frame.error,{status:frame.status,retryAfter:frame.retry??0})):resolve()
 }else if("error" in frame)throw failure(frame.error,{status:frame.status,retryAfter:frame.retry,refused:isFinal(frame)})
-else this.#aq(frame)
+else this.#ap(frame)
 }
-#aq(answer){
+#ap(answer){
 const{cursor,grant,at={},epoch,retry,messages}=answer
 this.answered()
 this.retry=retry
@@ -237,7 +237,7 @@ this.#d=this.#w()
 const channels=[...this.channels]
 const error=await this.#y(channels)
 if(!error)return backOff(1)
-if(!isFinal(error))return error.retryAfter+backOff(this.#g++)
+if(!isFinal(error))return error.retryAfter+backOff(this.#h++)
 if(error.status===400&&this.cursor&&await this.#y(channels.slice(0,1)))return this.#bi()
 const refused=[]
 for(const channel of channels){
@@ -247,7 +247,7 @@ if(own&&isFinal(own))refused.push([channel,own])
 for(const[channel,own]of refused)this.#bj(channel,own)
 if(refused.length)return 0
 this.refused([],error)
-return backOff(this.#g++)
+return backOff(this.#h++)
 }
 #y(channels){
 const query=parameters(channels,{cursor:this.cursor,grant:this.grant,wait:0})
@@ -273,29 +273,29 @@ this.told(status,{...detail,error:this.trouble})
 class Tabs{
 wants=new Map()
 leads=false
-#as=false
-#at=[]
-#au=new AbortController()
+#ar=false
+#as=[]
+#at=new AbortController()
 constructor(name,identifier,{lead,hear,changed}){
 Object.assign(this,{name,identifier,hear,changed})
 const left=new Promise(resolve=>{this.release=resolve})
 this.channel=new BroadcastChannel(name)
 this.channel.onmessage=({data})=>this.#z(data)
-this.#aa(identifier,()=>{this.#as=true;this.#e();return left})
+this.#aa(identifier,()=>{this.#ar=true;this.#e();return left})
 this.#aa("lead",()=>{this.leads=true;lead();this.post({lead:true});return left})
 }
 want(channels){
-this.#at=channels
+this.#as=channels
 this.#e()
 }
 post(news){this.channel.postMessage(news)}
 leave(){
-this.#au.abort()
+this.#at.abort()
 this.release()
 this.channel.close()
 }
 #e(){
-if(this.#as&&!this.leads)this.post({want:this.#at,from:this.identifier})
+if(this.#ar&&!this.leads)this.post({want:this.#as,from:this.identifier})
 }
 #z(news){
 const{lead,want,from}=news
@@ -307,55 +307,55 @@ this.wants.set(from,want)
 this.changed()
 }
 #aa(what,action){
-const{signal}=this.#au
+const{signal}=this.#at
 const given=()=>signal.aborted?null:action()
 navigator.locks.request(`${this.name} ${what}`,{signal},given).catch(error=>signal.aborted||report(error))
 }
 }
 class Comet{
 onstatus=null
-#h
+#g
 #o
-#av=identifier()
+#au=identifier()
 #i="connecting"
-#aw=new AbortController()
+#av=new AbortController()
 #b=new Map()
-#k=new Map()
 #j=new Map()
+#k=new Map()
 #q
-#ab
+#aw
 #f=[]
-#ac=false
-#g=0
+#ab=false
+#h=0
 #bq=false
-#ad=false
+#ac=false
 #a=null
 #c=null
-#l={client:this.#av}
+#l={client:this.#au}
 #ax={}
 constructor(url,{transports=TRANSPORTS,timeout=SILENCE,shared=true,csrfCookie="csrftoken",cursor,grant}={}){
 const given=JSON.parse(url==null&&document.querySelector("script[data-comet]")?.textContent||"{}")
 url??=given.urls?.poll?.replace(/poll\/$/,"")??"/comet/"
-this.#h={transports,timeout,shared,csrfCookie,cursor:cursor??given.cursor}
+this.#g={transports,timeout,shared,csrfCookie,cursor:cursor??given.cursor}
 this.#l.grant=grant
 const base=new URL(url.replace(/\/*$/,"/"),browser.location?.href)
 this.#o=path=>new URL(path,base)
-const heed=(event,action)=>browser.addEventListener?.(event,action,{signal:this.#aw.signal})
+const heed=(event,action)=>browser.addEventListener?.(event,action,{signal:this.#av.signal})
 const wake=()=>{this.#a?this.#a.wake():this.#m({wake:true})}
 for(const event of["online","offline"])heed(event,()=>this.#a?.restart())
 heed("focus",wake)
 heed("visibilitychange",()=>document.hidden||wake())
-heed("pagehide",()=>this.#ae())
-heed("pageshow",({persisted})=>persisted&&this.#af())
+heed("pagehide",()=>this.#ad())
+heed("pageshow",({persisted})=>persisted&&this.#ae())
 }
-get cursor(){return this.#ab??this.#h.cursor??null}
+get cursor(){return this.#aw??this.#g.cursor??null}
 get status(){return this.#i}
 on(channel,callback,{gap,refused,event}={}){
 if(this.#i==="closed")throw new Error("This Comet is closed; make a new one.")
 const followers=this.#b.get(channel)
 this.#b.set(channel,[...(followers??[]),{callback,gap,refused,event}])
-if(!this.#k.has(channel))this.#k.set(channel,this.#h.cursor)
-if(!followers)this.#af()
+if(!this.#j.has(channel))this.#j.set(channel,this.#g.cursor)
+if(!followers)this.#ae()
 return this
 }
 off(channel,callback){
@@ -365,10 +365,10 @@ else this.#ay(channel)
 return this
 }
 close(){
-this.#aw.abort()
+this.#av.abort()
 this.#b.clear()
 this.#f.length=0
-this.#ae()
+this.#ad()
 this.#e("closed")
 }
 publish(channel,data,event=null){
@@ -376,10 +376,10 @@ const message={channel,event,data}
 return this.#a?.send?this.#a.publish(message):this.#bk(message)
 }
 diagnostics(){
-const{transport=null,tries=0,error=null,roundTrip=null,buffering=false,tabs=1}=this.#a?this.#ag:this.#ax
+const{transport=null,tries=0,error=null,roundTrip=null,buffering=false,tabs=1}=this.#a?this.#af:this.#ax
 return{status:this.#i,transport,tries,error,roundTrip,buffering,tabs,leads:this.#a!==null}
 }
-get #ag(){
+get #af(){
 const{error,...facts}=this.#a.facts
 return{...facts,error:error?.message??null,tabs:1+(this.#c?.wants.size??0)}
 }
@@ -390,30 +390,31 @@ if(!response.ok)throw await refusal(response)
 }
 get #az(){
 const pairs=(browser.document?.cookie??"").split("; ").map(pair=>pair.split("="))
-return pairs.find(([name])=>name===this.#h.csrfCookie)?.[1]
+return pairs.find(([name])=>name===this.#g.csrfCookie)?.[1]
 }
 #ay(channel){
-this.#j.delete(channel)
-if(this.#b.delete(channel))this.#af()
+this.#k.delete(channel)
+this.#j.set(channel,null)
+if(this.#b.delete(channel))this.#ae()
 }
-#af(){
-if(this.#ad)return
-this.#ad=true
+#ae(){
+if(this.#ac)return
+this.#ac=true
 queueMicrotask(()=>{
-this.#ad=false
+this.#ac=false
 if(this.#a)this.#r()
 else if(this.#c||this.#b.size)this.#bl()
 })
 }
 #bl(){
 const{locks}=browser.navigator??{}
-if(!this.#h.shared||!locks||!browser.BroadcastChannel)return this.#ah()
-this.#c??=new Tabs(`${this.#o("")} ${this.#az}`,this.#av,{
-lead:()=>this.#ah(),hear:news=>this.#z(news),changed:()=>this.#r(),
+if(!this.#g.shared||!locks||!browser.BroadcastChannel)return this.#ag()
+this.#c??=new Tabs(`${this.#o("")} ${this.#az}`,this.#au,{
+lead:()=>this.#ag(),hear:news=>this.#z(news),changed:()=>this.#r(),
 })
 this.#c.want([...this.#b.keys()])
 }
-#ae(){
+#ad(){
 if(this.#a){
 const{cursor,at,epoch,grant}=this.#a
 Object.assign(this.#l,{cursor,at,epoch,grant})
@@ -422,22 +423,21 @@ this.#a.close()
 this.#c?.leave()
 this.#a=this.#c=null
 }
-#ah(){
-const[start,...others]=new Set(this.#k.values())
-const{cursor=others.length?null:start,client}=this.#l
-this.#a=new Feed(this.#o,{...this.#h,client},{...this.#l,cursor},{
+#ag(){
+const{cursor=this.#g.cursor,client}=this.#l
+this.#a=new Feed(this.#o,{...this.#g,client},{...this.#l,cursor},{
 heard:answer=>{
 this.#m({answer:{...answer,client}})
-this.#ai(answer)
+this.#ah(answer)
 },
 told:(status,detail)=>{
-this.#m({status,detail,facts:this.#ag})
+this.#m({status,detail,facts:this.#af})
 this.#e(status,detail)
 },
 refused:(channels,error)=>{
 const others=this.#c?.wants.size
 this.#m({refused:channels,error})
-if(channels.length||!others)this.#aj(channels.length?channels:[...this.#b.keys()],error)
+if(channels.length||!others)this.#ai(channels.length?channels:[...this.#b.keys()],error)
 else{this.#c.wants.clear();this.#r()}
 },
 })
@@ -448,10 +448,10 @@ const feed=this.#a
 if(!feed)return
 const wanted=this.#c?[...this.#c.wants.values()].flat():[]
 feed.follow([...new Set([...this.#b.keys(),...wanted])])
-this.#m({status:feed.status,facts:this.#ag})
+this.#m({status:feed.status,facts:this.#af})
 if(!Object.keys(feed.at).length)return
 this.#m({answer:feed.state})
-this.#ai(feed.state)
+this.#ah(feed.state)
 }
 #m(news){this.#c?.post(news)}
 #z({answer,status,detail,facts,refused,error,wake}){
@@ -459,82 +459,82 @@ if(wake)this.#a?.wake()
 if(answer){
 const{cursor,at,epoch,grant,client}=answer
 if(!this.#a)this.#l={cursor,at,epoch,grant,client}
-this.#ai(answer)
+this.#ah(answer)
 }
 if(status&&!this.#a){
 this.#ax=facts
 this.#e(status,detail)
 }
-if(refused?.length)this.#aj(refused,error)
+if(refused?.length)this.#ai(refused,error)
 else if(refused&&!this.#a){
-this.#ae()
-this.#h.shared=false
-this.#ah()
+this.#ad()
+this.#g.shared=false
+this.#ag()
 }
 }
-#ai(answer){
+#ah(answer){
 this.#f.push(answer)
 if(this.#f.length>MOST_QUEUED)this.#f.splice(1,this.#f.length-2)
-if(!this.#ac)this.#bm()
+if(!this.#ab)this.#bm()
 }
 async #bm(){
-this.#ac=true
+this.#ab=true
 while(this.#f.length){
 const[answer]=this.#f
 const behind=this.#bn(answer)
 if(behind.length){
 await this.#bo(behind[0],answer)
 if(this.#q===answer.epoch||this.#f.length<2)continue
-}else this.#ak(answer,null)
+}else this.#aj(answer)
 this.#f.shift()
 }
-this.#ac=false
+this.#ab=false
 }
 #bn({at={},from,epoch,gaps,origin}){
 return Object.keys(at).filter(channel=>{
 if(!this.#b.has(channel)||gaps.includes(channel))return false
-const seen=this.#j.get(channel)
-const start=this.#k.get(channel)
-if(seen===undefined)return start&&start!==origin
+const seen=this.#k.get(channel)
+const place=this.#j.get(channel)
+if(seen===undefined)return place&&place!==origin
 return epoch!==this.#q||!(seen>=at[channel]||from[channel]<=seen)
 })
 }
 async #bo(channel,{at,epoch}){
-const cursor=this.#k.get(channel)??(this.#j.has(channel)?this.#ab:null)
+const cursor=this.#j.get(channel)
 try{
 const answer=await poll(this.#o("poll/"),parameters([channel],{cursor,grant:this.#l.grant,wait:0}))
-this.#ak(answer,answer.cursor)
-this.#g=0
+this.#aj(answer)
+this.#h=0
 if(answer.more||answer.at[channel]>=at[channel])return
 }catch(error){
-if(error.status===400&&cursor)return this.#ak({messages:[],gaps:[channel],at:{[channel]:at[channel]},epoch},null)
-if(isFinal(error))return this.#aj([channel],error)
+if(error.status===400&&cursor)return this.#aj({messages:[],gaps:[channel],at:{[channel]:at[channel]},epoch})
+if(isFinal(error))return this.#ai([channel],error)
 }
-await new Promise(resolve=>setTimeout(resolve,backOff(this.#g++)))
+await new Promise(resolve=>setTimeout(resolve,backOff(this.#h++)))
 }
-#ak({messages,offsets=[],gaps,at={},epoch,cursor},start){
+#aj({messages,offsets=[],gaps,at={},epoch,cursor}){
 for(const channel of gaps)this.#bp(channel,at[channel])
 messages.forEach(({channel,event,data},index)=>{
-if(offsets[index]<=this.#j.get(channel))return
+if(offsets[index]<=this.#k.get(channel))return
 for(const follower of this.#b.get(channel)??[])
 if(!follower.event||follower.event===event)this.#s(follower.callback,data,{channel,event})
 })
 for(const channel of Object.keys(at).filter(channel=>this.#b.has(channel))){
-this.#j.set(channel,epoch===this.#q?Math.max(at[channel],this.#j.get(channel)??0):at[channel])
-this.#k.set(channel,start)
+this.#k.set(channel,epoch===this.#q?Math.max(at[channel],this.#k.get(channel)??0):at[channel])
+this.#j.set(channel,cursor)
 }
 this.#q=epoch
-if(start===null&&cursor)this.#ab=cursor
+if([...this.#b.keys()].every(channel=>channel in at))this.#aw=cursor
 }
 #bp(channel,offset){
 const followers=this.#b.get(channel)
 if(!followers)return
-this.#j.set(channel,offset)
+this.#k.set(channel,offset)
 const told=followers.filter(({gap})=>gap)
 if(!told.length)console.warn(`comet: messages of ${channel} were lost, and no gap callback is there`)
 for(const{gap}of told)this.#s(gap,channel)
 }
-#aj(channels,error){
+#ai(channels,error){
 for(const channel of channels){
 const followers=this.#b.get(channel)??[]
 const told=followers.filter(({refused})=>refused)

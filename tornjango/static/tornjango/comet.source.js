@@ -144,13 +144,13 @@ class Feed {
     const began = performance.now()
     this.abort = reason => control.abort(reason)
     this.#wind(kind === "poll" ? this.timeout : FIRST_BYTE)
-    this.upgrade = this.#level && setTimeout(() => kind !== "poll" && this.#tryBetter(), this.until - Date.now())
     this.answered = () => {
       this.answered = () => {}
       this.#failures = 0
       this.trouble = null
       if (kind !== "poll") this.facts.roundTrip = Math.round(performance.now() - began)
       if (this.facts.transport !== kind) this.#remember(kind)
+      if (this.#level && kind !== "poll") this.upgrade = setTimeout(() => this.#tryBetter(), this.until - Date.now())
       this.#tell("open")
     }
     this.retry = 0
@@ -395,9 +395,9 @@ export class Comet {
   #identifier = identifier()
   #status = "connecting"
   #listening = new AbortController()
-  // By channel: its callbacks; the cursor where it begins here, until it is joined; the offset up to which it was told.
+  // By channel: its callbacks; the cursor to go on from; the offset up to which it was told.
   #followers = new Map()
-  #starts = new Map()
+  #places = new Map()
   #seen = new Map()
   #epoch
   #cursor
@@ -438,7 +438,7 @@ export class Comet {
     if (this.#status === "closed") throw new Error("This Comet is closed; make a new one.")
     const followers = this.#followers.get(channel)
     this.#followers.set(channel, [...(followers ?? []), {callback, gap, refused, event}])
-    if (!this.#starts.has(channel)) this.#starts.set(channel, this.#options.cursor)
+    if (!this.#places.has(channel)) this.#places.set(channel, this.#options.cursor)
     if (!followers) this.#want()
     return this
   }
@@ -486,6 +486,7 @@ export class Comet {
 
   #drop(channel) {
     this.#seen.delete(channel)
+    this.#places.set(channel, null)
     if (this.#followers.delete(channel)) this.#want()
   }
 
@@ -521,8 +522,7 @@ export class Comet {
   }
 
   #lead() {
-    const [start, ...others] = new Set(this.#starts.values())
-    const {cursor = others.length ? null : start, client} = this.#last
+    const {cursor = this.#options.cursor, client} = this.#last
     this.#feed = new Feed(this.#address, {...this.#options, client}, {...this.#last, cursor}, {
       heard: answer => {
         this.#pass({answer: {...answer, client}})
@@ -593,7 +593,7 @@ export class Comet {
       if (behind.length) {
         await this.#catchUp(behind[0], answer)
         if (this.#epoch === answer.epoch || this.#queue.length < 2) continue
-      } else this.#deliver(answer, null)
+      } else this.#deliver(answer)
       this.#queue.shift()
     }
     this.#working = false
@@ -604,29 +604,28 @@ export class Comet {
     return Object.keys(at).filter(channel => {
       if (!this.#followers.has(channel) || gaps.includes(channel)) return false
       const seen = this.#seen.get(channel)
-      const start = this.#starts.get(channel)
-      if (seen === undefined) return start && start !== origin
+      const place = this.#places.get(channel)
+      if (seen === undefined) return place && place !== origin
       return epoch !== this.#epoch || !(seen >= at[channel] || from[channel] <= seen)
     })
   }
 
-  // One step of it: a channel that was told something goes on from there, another from where it begins.
   async #catchUp(channel, {at, epoch}) {
-    const cursor = this.#starts.get(channel) ?? (this.#seen.has(channel) ? this.#cursor : null)
+    const cursor = this.#places.get(channel)
     try {
       const answer = await poll(this.#address("poll/"), parameters([channel], {cursor, grant: this.#last.grant, wait: 0}))
-      this.#deliver(answer, answer.cursor)
+      this.#deliver(answer)
       this.#failures = 0
       // Another process of the site may be behind.
       if (answer.more || answer.at[channel] >= at[channel]) return
     } catch (error) {
-      if (error.status === 400 && cursor) return this.#deliver({messages: [], gaps: [channel], at: {[channel]: at[channel]}, epoch}, null)
+      if (error.status === 400 && cursor) return this.#deliver({messages: [], gaps: [channel], at: {[channel]: at[channel]}, epoch})
       if (isFinal(error)) return this.#refused([channel], error)
     }
     await new Promise(resolve => setTimeout(resolve, backOff(this.#failures++)))
   }
 
-  #deliver({messages, offsets = [], gaps, at = {}, epoch, cursor}, start) {
+  #deliver({messages, offsets = [], gaps, at = {}, epoch, cursor}) {
     for (const channel of gaps) this.#gap(channel, at[channel])
     messages.forEach(({channel, event, data}, index) => {
       if (offsets[index] <= this.#seen.get(channel)) return
@@ -635,10 +634,10 @@ export class Comet {
     })
     for (const channel of Object.keys(at).filter(channel => this.#followers.has(channel))) {
       this.#seen.set(channel, epoch === this.#epoch ? Math.max(at[channel], this.#seen.get(channel) ?? 0) : at[channel])
-      this.#starts.set(channel, start)
+      this.#places.set(channel, cursor)
     }
     this.#epoch = epoch
-    if (start === null && cursor) this.#cursor = cursor
+    if ([...this.#followers.keys()].every(channel => channel in at)) this.#cursor = cursor
   }
 
   #gap(channel, offset) {
