@@ -241,3 +241,96 @@ async def test_no_reference_cycle_is_left_of_a_parked_reader(waiters: Waiters) -
     finally:
         gc.enable()
     assert not left
+
+
+# Clients, and channels that change
+
+
+class Client:
+    def __init__(self, client: str | None, transport: str = "poll") -> None:
+        self.client = client
+        self.transport = transport
+        self.superseded = 0
+
+    def supersede(self) -> None:
+        self.superseded += 1
+
+
+@pytest.mark.gen_test
+async def test_newer_reader_of_a_client_supersedes_the_older_on_any_transport(
+    waiters: Waiters,
+) -> None:
+    older, newer, other, nameless = Client("a"), Client("a", "sse"), Client("b"), Client(None)
+    with waiters.known(other), waiters.known(nameless), waiters.known(Client(None)):
+        with waiters.known(older):
+            with waiters.known(newer):
+                assert older.superseded == 1
+            with waiters.known(newest := Client("a", "socket")):
+                assert (older.superseded, newer.superseded) == (1, 0)
+        assert newest.superseded == other.superseded == nameless.superseded == 0
+
+
+@pytest.mark.gen_test
+async def test_older_reader_that_leaves_late_does_not_make_the_newer_unknown(
+    waiters: Waiters,
+) -> None:
+    older, newer = Client("a"), Client("a")
+    first, second = waiters.known(older), waiters.known(newer)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with waiters.known(Client("a")):
+        assert newer.superseded == 1
+    second.__exit__(None, None, None)
+
+
+@pytest.mark.gen_test
+async def test_readers_are_counted_by_transport(waiters: Waiters) -> None:
+    with waiters.known(Client(None, "poll")), waiters.known(Client("a", "sse")):
+        with waiters.known(Client("b", "sse")):
+            assert waiters.transports() == {"poll": 1, "sse": 2}
+        assert waiters.transports()["sse"] == 1
+
+
+@pytest.mark.gen_test
+async def test_changed_waiter_hears_of_its_new_channels_only(waiters: Waiters) -> None:
+    with waiters.registered(["a"]) as waiter, waiters.registered(["c"]) as witness:
+        waiters.change(waiter, ["b"])
+        waiting = asyncio.create_task(waiter.wait(_deadline(FAR)))
+        waiters.notify(["a", "c"])
+        await witness.wait(_deadline(FAR))
+        assert not waiting.done()
+        waiters.notify(["b"])
+        await waiting
+        assert waiters.count() == 2
+    assert waiters.count() == 0
+
+
+@pytest.mark.gen_test
+async def test_notice_that_is_on_its_way_when_channels_change_wakes_or_is_not_needed(
+    waiters: Waiters,
+) -> None:
+    """Whoever changes its channels reads afterwards."""
+    with waiters.registered(["a"]) as waiter, waiters.registered(["a"]) as witness:
+        waiters.notify(["a"])
+        waiters.change(waiter, [])
+        waiter.wake()
+        await witness.wait(_deadline(FAR))
+        await waiter.wait(_deadline(FAR))
+
+
+@pytest.mark.gen_test
+async def test_reader_without_channels_hears_of_a_drain(waiters: Waiters) -> None:
+    parked = _park(waiters)
+    await _turns()
+    assert waiters.count() == 1
+    assert waiters.drain() == 1
+    await parked
+
+
+@pytest.mark.gen_test
+async def test_notice_to_all_wakes_all(waiters: Waiters) -> None:
+    parked = [_park(waiters, "a"), _park(waiters, "b", "c")]
+    await _turns()
+    waiters.notify(None)
+    await asyncio.gather(*parked)
