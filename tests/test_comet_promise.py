@@ -311,6 +311,7 @@ class Promise(RuleBasedStateMachine):
     WHICH = st.integers(0, 1)
     NAME = st.integers(0, 3)
     CLIENT = st.integers(0, 5)
+    SELDOM = st.sampled_from([False, False, False, True])
 
     @rule(
         which=WHICH,
@@ -323,6 +324,13 @@ class Promise(RuleBasedStateMachine):
     def publish(self, which: int, name: int, audiences: list[Audience | None], wait: float) -> None:
         drafts, numbers = self.drafts(self.names[name], audiences)
         self.send(which, drafts, numbers, wait)
+
+    def traffic(self) -> None:
+        """Something is always on its way when something happens."""
+        for which in (0, 1):
+            for name in self.names:
+                drafts, numbers = self.drafts(name, [None])
+                self.send(which, drafts, numbers, PATIENCE)
 
     @rule(which=WHICH, count=st.integers(1, 30))
     def publish_in_all_channels(self, which: int, count: int) -> None:
@@ -360,6 +368,7 @@ class Promise(RuleBasedStateMachine):
         one = self.clients[client]
         self.leave(one)
         self.counts["streams"] += 1
+        self.traffic()
         one.stream = asyncio.run_coroutine_threadsafe(one.follow(self.hub(which)), self.loop)
 
     @rule(client=CLIENT)
@@ -382,6 +391,7 @@ class Promise(RuleBasedStateMachine):
     def restart(self, which: int) -> None:
         """A worker was killed, or ended: its streams with it. What it had not published yet is not."""
         self.counts["restarts"] += 1
+        self.traffic()
         old = self.hub(which)
         self.end_streams()
         old.close(0)
@@ -396,6 +406,7 @@ class Promise(RuleBasedStateMachine):
     def hand_over(self) -> None:
         """The memory's graceful restart: here alone nobody is told of a gap."""
         self.counts["handed over"] += 1
+        self.traffic()
         old, new = self.hubs[0], self.process()
         ours, theirs = socket.socketpair()
         new.expect(theirs)
@@ -412,16 +423,18 @@ class Promise(RuleBasedStateMachine):
     def end_connections(self) -> None:
         assert self.server is not None
         self.counts["connections ended"] += 1
+        self.traffic()
         self.server.end_connections()
 
     @precondition(lambda self: self.server is not None and self.away is None)
-    @rule(how=st.sampled_from(["stopped", "frozen"]), really=st.integers(0, 2))
-    def go_away(self, how: str, really: int) -> None:
+    @rule(how=st.sampled_from(["stopped", "frozen"]), really=SELDOM)
+    def go_away(self, how: str, really: bool) -> None:
         assert self.server is not None
-        if really:
+        if not really:
             return
         self.away = how
         self.counts[how] += 1
+        self.traffic()
         (self.server.stop if how == "stopped" else self.server.freeze)()
 
     @precondition(lambda self: self.away is not None)
@@ -432,13 +445,14 @@ class Promise(RuleBasedStateMachine):
         self.away = None
 
     @precondition(lambda self: self.server is not None and self.away is None)
-    @rule(really=st.integers(0, 3))
-    def lose_everything(self, really: int) -> None:
+    @rule(really=SELDOM)
+    def lose_everything(self, really: bool) -> None:
         assert self.server is not None
-        if really:
+        if not really:
             return
         self.wait_for_publishers()
         self.counts["data lost"] += 1
+        self.traffic()
         self.server.empty()
         self.server.end_connections()
 
@@ -447,6 +461,7 @@ class Promise(RuleBasedStateMachine):
     def trim(self) -> None:
         assert self.server is not None
         self.counts["trimmed"] += 1
+        self.traffic()
         self.server.forget()
 
     # Who may read
@@ -455,6 +470,7 @@ class Promise(RuleBasedStateMachine):
     @rule(which=WHICH)
     def revoke(self, which: int) -> None:
         self.counts["revoked"] += 1
+        self.traffic()
         denied.add(self.tag)
         number = next(self.numbers)
         self.ledger.sent[number] = Sent(REVOKED.name, None)
