@@ -206,6 +206,8 @@ class Following:
 
     def __iter__(self) -> Iterator[Message | Gap]:
         """On an event loop of its own, in this thread. Raises RuntimeError where one runs."""
+        if asyncio._get_running_loop() is not None:
+            raise RuntimeError("A running event loop cannot wait for another: use async for.")
         with asyncio.Runner() as runner:
             events = aiter(self)
 
