@@ -21,6 +21,7 @@ from tests.comet_postgres import PostgresServer
 from tests.loopback_broker import LoopbackBroker, LoopbackServer
 from tests.postgres import Postgres
 from tests.serving import serving, until
+from tests.test_cycles import garbage
 from tornjango import comet
 from tornjango.comet import channels
 from tornjango.comet import hub as hubs
@@ -369,6 +370,16 @@ async def test_one_announcement_is_on_its_way_at_a_time(clock: Clock) -> None:
     presence.run()
     (draft,) = sent[1]
     assert len(json.loads(draft.body)["data"]["entries"]) == 99
+
+
+@pytest.mark.gen_test
+async def test_process_that_has_stopped_says_nothing_more(alone: Presence, words: Words) -> None:
+    alone.appear(ROOM, ANN)
+    alone.close(5)
+    alone.close(5)
+    alone.appear(ROOM, BOB)
+    assert alone.run() is None
+    assert [draft.channel for draft in words.drafts] == [FAREWELLS]
 
 
 @pytest.mark.gen_test
@@ -846,6 +857,28 @@ async def test_newcomer_is_told_the_state_though_nothing_changes(hub: Hub) -> No
     assert [message.data["count"] for message in answer.messages] == [2]
 
 
+@pytest.mark.parametrize("told", [True, False], ids=["told-again", "lost"])
+@pytest.mark.gen_test
+async def test_reader_of_states_is_never_told_of_a_gap(told: bool) -> None:
+    async with world_of(1) as (world, (hub,)):
+        hub.presence.appear(ROOM, ANN)
+        await world.settle()
+        reader = _reader(hub, None)
+        await reader.follow([STATES, "plain:1"], None)
+        with reader.parked():
+            assert len((await reader.next(5)).messages) == 1
+            world.server.lose_everything()
+            await until(lambda: hub.heard == world.server.end)
+            if told:
+                await world.settle()
+            world.server.forget()
+            answers = [await reader.next(0)]
+            while answers[-1].more:
+                answers.append(await reader.next(5 if told else 0))
+        assert [gap for answer in answers for gap in answer.gaps] == ["plain:1"]
+        assert [it.data["count"] for answer in answers for it in answer.messages] == [1] * told
+
+
 @pytest.mark.gen_test
 async def test_page_with_a_cursor_from_before_its_queries_is_told_the_state() -> None:
     room = "seats:71"
@@ -896,6 +929,22 @@ def test_what_others_know_a_client_by_does_not_tell_its_name() -> None:
     assert member_id("tab") == member_id("tab") != member_id("tub")
     assert "tab" not in member_id("tab")
     assert member_id(None) != member_id(None)
+
+
+@pytest.mark.gen_test
+async def test_reader_leaves_nothing_for_the_garbage_collector(hub: Hub) -> None:
+    request = _request()
+
+    async def poll() -> None:
+        reader = _reader(hub, "tab", request)
+        await reader.follow([ROOM, STATES], None)
+        with reader.parked():
+            await reader.next(0)
+
+    await poll()
+    with garbage() as found:
+        await poll()
+    assert found == []
 
 
 # The timer, and a server

@@ -346,21 +346,32 @@ class Reader:
                 continue  # while this was read: who is refused hears nothing that was published after
             if since != self._positions:
                 continue  # channels were added or left while this was read
-            self._advance(reading)
+            gaps, more = self._advance(reading)
             draining = self.hub.waiters.draining
             over = draining or self._prompted or loop.time() >= deadline
-            if messages or reading.gaps or over:
+            if messages or gaps or over:
                 self._prompted = False
                 retry = self.hub.waiters.retry()
                 grant = self._take_grant()
-                gaps, more = reading.gaps, reading.more
                 return Answer(messages, self.cursor, gaps, more, retry, grant, self.at)
-            if not reading.more:
+            if not more:
                 await self._waiter.wait(deadline)
 
-    def _advance(self, reading: Reading) -> None:
-        for channel in self._positions:
-            self._positions[channel] = reading.positions[channel.name]
+    def _advance(self, reading: Reading) -> tuple[list[str], bool]:
+        """Which gaps to tell of, and whether there is more to read."""
+        gaps, more = [], reading.more
+        for channel, before in self._positions.items():
+            match = self.channels[channel.name]
+            after = reading.positions[channel.name]
+            if channel.name not in reading.gaps:
+                pass
+            elif not match.declaration.is_companion:
+                gaps.append(channel.name)
+            elif before != match.begin(after):
+                # Who has missed states of a channel needs the last one only; if even that is lost, the next one.
+                after, more = match.begin(after), True
+            self._positions[channel] = after
+        return gaps, more
 
     async def _for_me(self, messages: Iterable[Message]) -> list[Message]:
         if self._identity is None:
