@@ -60,8 +60,9 @@ const status = holds => new Promise(resolve => {
 })
 
 function answer(poll, {messages = [], cursor = "next", gaps = [], more = false, retry = 0, ...places} = {}) {
+  const at = Object.fromEntries(poll.channels.map(channel => [channel, 0]))
   poll.response.setHeader("Content-Type", "application/json")
-  poll.response.end(JSON.stringify({messages, cursor, gaps, more, retry, ...places}))
+  poll.response.end(JSON.stringify({messages, cursor, gaps, more, retry, at, epoch: "e", ...places}))
 }
 
 function refuse(poll, status, error, headers = {}) {
@@ -302,4 +303,76 @@ test("a poll that is never answered is given up in time", async () => {
   const silent = await nextPoll()
   assert.equal((await nextPoll()).cursor, "start")
   assert.equal(await silent.left, true)
+})
+
+// A log that answers polls by itself: its cursors are offsets.
+function keepLog() {
+  const log = []
+  const give = poll => {
+    const since = Number(poll.cursor ?? log.length)
+    const news = log.filter(({offset, channel}) => offset > since && poll.channels.includes(channel))
+    const at = Object.fromEntries(poll.channels.map(channel => [channel, log.length]))
+    const messages = news.map(({channel, data}) => message(channel, data))
+    answer(poll, {messages, offsets: news.map(({offset}) => offset), at, epoch: "e", cursor: `${log.length}`})
+  }
+  return {give, publish: (channel, data) => log.push({channel, data, offset: log.length + 1})}
+}
+
+test("a channel that is followed later begins where the page has, and all come in order and once", async () => {
+  const {give, publish} = keepLog()
+  const seen = {a: [], b: []}
+  let finish
+  const all = new Promise(resolve => { finish = resolve })
+  const note = (channel, data) => { if (seen[channel].push(data) === 155 && seen.a.length === seen.b.length) finish(null) }
+  comet.close()
+  comet = new Comet(base, {cursor: "0", transports: ["poll"]})
+  for (let n = 0; n < 5; n++) { publish("a", n); publish("b", n) }
+  comet.on("a", data => note("a", data))
+  give(await nextPoll())
+  await nextPoll()
+  comet.on("b", data => note("b", data))
+  give(await nextPoll())
+  // The new channel is caught up with beside the connection, which goes on: more than may wait for it.
+  let late
+  for (let n = 5; n < 155; n++) {
+    publish("a", n)
+    publish("b", n)
+    let poll = await nextPoll()
+    if (poll.wait) { late = poll; poll = await nextPoll() }
+    give(poll)
+  }
+  assert.equal(late.cursor, "0")
+  assert.deepEqual(late.channels, ["b"])
+  assert.deepEqual(seen.b, [])
+  give(late)
+  for (let poll; (poll = await Promise.race([all, nextPoll()]));) if (poll.wait) give(poll)
+  const numbers = Array.from({length: 155}, (_, n) => n)
+  assert.deepEqual(seen, {a: numbers, b: numbers})
+})
+
+test("a better transport is tried again after a while, and later each time", async () => {
+  const now = Date.now
+  let later = 0
+  Date.now = () => now() + later
+  try {
+    comet.close()
+    comet = new Comet(base, {transports: ["sse", "poll"]})
+    comet.on("a", () => {})
+    for (const pause of [10_000, 20_000, 40_000]) {
+      const stream = await nextPoll()
+      assert.match(stream.request.url, /sse/)
+      refuse(stream, 404, "No.")
+      answer(await nextPoll())
+      for (const passes of [pause - 1000, 2000]) {
+        const poll = await nextPoll()
+        assert.match(poll.request.url, /poll/)
+        later += passes
+        answer(poll)
+      }
+    }
+    assert.match((await nextPoll()).request.url, /sse/)
+    assert.equal(comet.diagnostics().transport, null)
+  } finally {
+    Date.now = now
+  }
 })
