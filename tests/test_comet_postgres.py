@@ -302,8 +302,6 @@ def test_nothing_is_removed_that_a_process_may_be_about_to_read(server: Postgres
 def test_what_is_beyond_the_limits_is_removed_by_small_steps(
     server: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgres_trim, "FIRST", 3)
-    monkeypatch.setattr(postgres_trim, "MOST", 7)
     monkeypatch.setattr(postgres_trim, "ROWS", 4)
     broker = server.broker()
     large = Channel("large:1", Limits(history=1000, ttl=600, max_bytes=200))

@@ -145,22 +145,27 @@ _REMEMBER_FLOORS = """
 """
 
 # Only a channel that has had messages can have too many of them: so the next messages are looked at, of those that are old
-# enough to be removed, and the channels they are in: each such statement removes about as many as it looks at. A channel's
-# limits are those of its newest message.
+# enough to be removed, and the channels they are in. To walk through what a channel keeps, at each message of it, would cost
+# hundreds of rows; so that is done by chance, the more probable the more came, about once for each tenth of what it may keep.
+# A channel's limits are those of its newest message.
 TRIM_TO_LIMITS = f"""
 WITH span AS MATERIALIZED (
-    SELECT number, channel FROM (
-        SELECT number, channel, published FROM tornjango_comet_message
+    SELECT number, channel, size FROM (
+        SELECT number, channel, size, published FROM tornjango_comet_message
         WHERE number > %(examined)s ORDER BY number LIMIT %(rows)s
     ) AS message
     WHERE published < statement_timestamp() - interval '{GRACE} seconds'
-), beyond AS MATERIALIZED (
-    SELECT changed.channel, oldest.number
-    FROM (SELECT DISTINCT channel FROM span) AS changed
+), due AS MATERIALIZED (
+    SELECT changed.channel, newest.history, newest.max_bytes
+    FROM (SELECT channel, count(*) AS messages, sum(size) AS bytes FROM span GROUP BY channel) AS changed
     CROSS JOIN LATERAL (
         SELECT history, max_bytes FROM tornjango_comet_message AS message
         WHERE message.channel = changed.channel ORDER BY number DESC LIMIT 1
     ) AS newest
+    WHERE random() < 10 * greatest(messages::float8 / history, bytes::float8 / max_bytes)
+), beyond AS MATERIALIZED (
+    SELECT due.channel, oldest.number
+    FROM due
     CROSS JOIN LATERAL (
         SELECT number FROM (
             SELECT
@@ -168,10 +173,10 @@ WITH span AS MATERIALIZED (
                 row_number() OVER newest_first AS rank,
                 sum(size) OVER newest_first AS total
             FROM tornjango_comet_message AS message
-            WHERE message.channel = changed.channel AND number <= (SELECT max(number) FROM span)
+            WHERE message.channel = due.channel AND number <= (SELECT max(number) FROM span)
             WINDOW newest_first AS (ORDER BY number DESC ROWS UNBOUNDED PRECEDING)
         ) AS ranked
-        WHERE rank > newest.history OR total > newest.max_bytes
+        WHERE rank > due.history OR total > due.max_bytes
         ORDER BY number DESC LIMIT 1
     ) AS oldest
 ), removed AS (

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -9,13 +8,8 @@ from tornjango.comet.brokers import postgres_sql as sql
 #: Seconds between two rounds, whichever process makes them.
 PAUSE = 10.0
 
-#: Rows that one statement removes.
-ROWS = 5000
-
-#: Messages that one looks at: first, at least and at most. What a message costs depends on how many channels share them, and
-#: on how much those keep; so there are more or fewer, until a statement takes about STEP seconds.
-FIRST, LEAST, MOST = 100, 10, 20_000
-STEP = 0.5
+#: Rows that one statement removes, or looks at: it takes a few tens of milliseconds.
+ROWS = 1000
 
 Execute: TypeAlias = Callable[[str, dict[str, object]], list[Any]]
 
@@ -44,21 +38,13 @@ def _all(execute: Execute, statement: str) -> int:
 
 
 def _beyond_limits(execute: Execute, examined: int) -> int:
-    removed, rows = 0, FIRST
+    removed = 0
     step: int
     while True:
-        began = time.monotonic()
         [(upto, looked_at, step)] = execute(
-            sql.TRIM_TO_LIMITS, {"examined": examined, "rows": rows}
+            sql.TRIM_TO_LIMITS, {"examined": examined, "rows": ROWS}
         )
         removed += step
-        if looked_at < rows:
+        if looked_at < ROWS:
             return removed
         examined = upto
-        rows = _next_rows(rows, time.monotonic() - began)
-
-
-def _next_rows(rows: int, took: float) -> int:
-    if took > STEP:
-        return max(rows // 2, LEAST)
-    return min(rows * 2, MOST) if took < STEP / 2 else rows
