@@ -121,8 +121,7 @@ class World:
     def kill(self, hub: Process) -> None:
         """Nobody hears of it any more, and no goodbye."""
         self.hubs.remove(hub)
-        hub.presence._closed = True
-        hub.close(5)
+        hub.close(0)
 
     def stop(self, hub: Process) -> None:
         self.hubs.remove(hub)

@@ -472,7 +472,7 @@ class Hub:
 
     def close(self, wait: float) -> None:
         """Publishes what waits to be, for as many seconds, and follows the broker no longer."""
-        self.presence.close(self.waiters.spread())
+        self.presence.close(self.waiters.spread(), silently=not wait)
         with self._lock:
             self._stopping.set()
         if self._outbox is not None and (left := self._outbox.close(wait)):

@@ -466,15 +466,17 @@ class Presence:
         for peer in self._peers.values():
             peer.heard = now
 
-    def close(self, spread: float) -> None:
+    def close(self, spread: float, *, silently: bool = False) -> None:
         """This process stops: its members may come to another one, within ``spread`` seconds and the time that all have.
 
-        It sends its last words, and says nothing from then on. Harmless a second time.
+        It sends its last words, unless there is no time for them, and says nothing from then on. Harmless a second time.
         """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
+            if silently:
+                return
             linger = get_config().COMET.LINGER + spread
             known = self._roll.processes.get(self.id) or (self._has_asked and not self._alone)
             drafts = self._whole(FAREWELLS, "farewell", linger=linger) if known else []
