@@ -22,10 +22,12 @@ from websockets.exceptions import ConnectionClosed
 from tests.comet_channels import thinking, until_parked
 from tests.frames import CLOSE, PING, PONG, TEXT, closing, frame, read_frame, shake_hands
 from tests.serving import Site, serving, until
-from tornjango import comet, websockets
+from tornjango import comet, watchdog, websockets
 from tornjango.comet import clients, sockets
 from tornjango.comet.clients import Rates
+from tornjango.comet.readers import Answer, Reader
 from tornjango.db import pools
+from tornjango.exceptions import BrokerUnavailable
 from tornjango.testing import RawClient
 
 URL = "/comet/socket/"
@@ -313,6 +315,40 @@ async def _frames(client: RawClient) -> list[Any]:
         while True:
             frames.append(await read_frame(client))
     return frames
+
+
+@pytest.mark.gen_test
+async def test_client_is_not_taken_for_gone_while_its_own_frame_is_dealt_with(channel: str) -> None:
+    name = str(uuid.uuid4())
+    thinking[name] = asyncio.Event()
+    async with site(HEARTBEAT=0.02) as served, opened(served, channel) as page:
+        await page.send(follow=[f"slow:{name}"])
+        for _ in range(8):
+            await page.next()
+        thinking.pop(name).set()
+        comet.publish(f"slow:{name}", 1)
+        assert await page.data(1) == [1]
+
+
+@pytest.mark.gen_test
+async def test_client_is_sent_away_for_later_while_the_broker_cannot_be_reached(
+    channel: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail(reader: Reader, timeout: float) -> Answer:  # noqa: ASYNC109
+        raise BrokerUnavailable("It is away.")
+
+    monkeypatch.setattr(Reader, "next", fail)
+    async with site() as served, opened(served, channel) as page:
+        assert await page.close_code() == 1013
+    assert "It is away." in caplog.text
+
+
+@pytest.mark.gen_test
+async def test_watchdog_knows_the_tasks_of_a_socket(channel: str) -> None:
+    async with site() as served, opened(served, channel) as page:
+        await page.next()
+        names = [watchdog._view_of(task) for task in asyncio.all_tasks()]
+        assert names.count("tornjango.comet.sockets.socket") == 2
 
 
 @pytest.mark.gen_test

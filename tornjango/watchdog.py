@@ -36,7 +36,6 @@ from tornado.web import RequestHandler
 import tornjango
 from tornjango import green
 from tornjango.conf import Config
-from tornjango.handlers import DjangoHandler
 from tornjango.views import view_name
 
 logger = logging.getLogger("tornjango.watchdog")
@@ -270,8 +269,8 @@ def _view_of(task: asyncio.Task[object]) -> str:
     """The view, or the handler of Tornado's, whose request the task is there for; empty for other tasks."""
     frame: FrameType | None = getattr(task.get_coro(), "cr_frame", None)
     handler = frame.f_locals.get("self") if frame is not None else None
-    if isinstance(handler, DjangoHandler):
-        return handler.view_name
+    if isinstance(name := getattr(handler, "view_name", None), str):
+        return name
     return view_name(type(handler)) if isinstance(handler, RequestHandler) else ""
 
 

@@ -89,6 +89,9 @@ _COMMANDS = {"follow": {"cursor", "grant"}, "leave": set[str](), "publish": {"id
 class Conversation:
     """One client, as long as its socket is open."""
 
+    #: For the watchdog: whose the task is that delivers.
+    view_name = f"{__name__}.socket"
+
     def __init__(self, request: HttpRequest) -> None:
         """Raises CometError for a ``client`` that is too long."""
         asked = request.GET
