@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -268,7 +268,7 @@ def test_tabs_with_channels_of_their_own(site: LiveServer, new_page: NewPage, ki
         pages.append(
             open_page(new_page, site.url, [common.channel, own.channel], transports=[kind])
         )
-    _until_followed(pages, common, (first, second, third))
+    _until_followed(pages, (first, second, third))
     for _ in range(3):
         for each in (common, first, second, third):
             each.publish()
@@ -284,7 +284,7 @@ def test_tabs_with_channels_of_their_own(site: LiveServer, new_page: NewPage, ki
     third.reach(pages[2])
 
 
-def _until_followed(pages: list[Page], common: Numbers, own: tuple[Numbers, ...]) -> None:
+def _until_followed(pages: Sequence[Page], own: Sequence[Numbers]) -> None:
     """Without a cursor a page begins when it hears of its place; it says so in nothing but messages."""
     for page, numbers in zip(pages, own, strict=True):
         name = json.dumps(numbers.channel)
@@ -294,6 +294,24 @@ def _until_followed(pages: list[Page], common: Numbers, own: tuple[Numbers, ...]
         comet.publish(numbers.channel, "end")
         page.until(f"seen[{name}].at(-1) === 'end'")
         page.run(f"seen[{name}].length = 0")
+
+
+def test_tabs_that_want_more_than_one_connection_may_have_their_own(
+    site: LiveServer, new_page: NewPage, numbers: Numbers
+) -> None:
+    most = 32
+    names = [f"open:{uuid.uuid4()}" for _ in range(most)]
+    first = open_page(new_page, site.url, [numbers.channel, *names[: most // 2]])
+    numbers.publish()
+    second = open_page(new_page, site.url, [numbers.channel, *names[most // 2 :]])
+    second.until("comet.diagnostics().leads")
+    second.until("Object.keys(seen).length > 16 && comet.cursor")
+    comet.publish(names[0], "first")
+    first.until(f"seen['{names[0]}'].length")
+    _until_followed([second], [Numbers(names[-1])])
+    assert first.run("[refused, gaps]") == second.run("[refused, gaps]") == [[], []]
+    numbers.publish()
+    numbers.reach(first)
 
 
 # Pages

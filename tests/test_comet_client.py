@@ -61,7 +61,9 @@ def test_clients_are_made_from_their_source() -> None:
     assert make["classic"](source) == _static("comet.classic.js").decode()
 
 
-@pytest.mark.skipif(TSC is None, reason="needs TypeScript's tsc on the PATH (npm install typescript)")
+@pytest.mark.skipif(
+    TSC is None, reason="needs TypeScript's tsc on the PATH (npm install typescript)"
+)
 def test_types_fit_what_the_documentation_shows(tmp_path: Path) -> None:
     assert TSC is not None
     (tmp_path / "comet.d.ts").write_bytes(_static("comet.d.ts"))
@@ -76,7 +78,7 @@ def test_client_follows_through_everything() -> None:
     """Runs comet_client.mjs, where each promise of the client has its own test."""
     assert NODE is not None
     # A .js file would be read as a CommonJS module; a data URL is a module as in a browser.
-    module = f"data:text/javascript;base64,{base64.b64encode(_static("comet.js")).decode()}"
+    module = f"data:text/javascript;base64,{base64.b64encode(_static('comet.js')).decode()}"
     done = subprocess.run(
         [NODE, "--test", str(TESTS)],
         env=os.environ | {"COMET_JS": module},
