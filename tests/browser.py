@@ -40,14 +40,15 @@ needs_chromium = pytest.mark.skipif(
 class Page:
     """One tab, which believes to be the one that is looked at."""
 
-    def __init__(self, socket: ClientConnection) -> None:
+    def __init__(self, socket: ClientConnection, is_tab: bool = True) -> None:
         self._socket = socket
         self._sent = 0
         self.closed = False
         self.errors: list[Any] = []
-        self.call("Page.enable")
-        self.call("Runtime.enable")
-        self.call("Emulation.setFocusEmulationEnabled", enabled=True)
+        if is_tab:
+            self.call("Page.enable")
+            self.call("Runtime.enable")
+            self.call("Emulation.setFocusEmulationEnabled", enabled=True)
 
     def call(self, method: str, **params: Any) -> Any:
         """A command of the DevTools protocol."""
@@ -123,6 +124,30 @@ def devtools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     browser.terminate()
     browser.communicate(timeout=20)
     psutil.wait_procs(children, timeout=20)
+
+
+@pytest.fixture
+def new_reader(devtools: str) -> Iterator[Callable[[], Page]]:
+    """Opens tabs as different people have them: each has cookies, and a connection, of its own."""
+    pages: list[Page] = []
+    with urllib.request.urlopen(f"{devtools}/json/version", timeout=20) as answer:
+        address = json.load(answer)["webSocketDebuggerUrl"]
+    with ExitStack() as sockets:
+        browser = Page(sockets.enter_context(connect(address, max_size=None)), is_tab=False)
+
+        def make() -> Page:
+            context = browser.call("Target.createBrowserContext")["browserContextId"]
+            opened = browser.call(
+                "Target.createTarget", url="about:blank", browserContextId=context
+            )
+            tab = f"{address.partition('/devtools/')[0]}/devtools/page/{opened['targetId']}"
+            pages.append(Page(sockets.enter_context(connect(tab, max_size=None))))
+            return pages[-1]
+
+        yield make
+        for page in pages:
+            page.close()
+    assert not [page.errors for page in pages if page.errors]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import django
 import pytest
 from tornado.ioloop import IOLoop
 
-from tests.browser import devtools, new_page  # noqa: F401 (fixtures)
+from tests.browser import devtools, new_page, new_reader  # noqa: F401 (fixtures)
 from tests.example import Example, served
 from tests.postgres import Postgres
 

@@ -97,12 +97,13 @@ class Example:
         return f"/entry/{self.rows(sql)[0]}/"
 
 
-def manage(*arguments: str, env: dict[str, str]) -> str:
+def manage(*arguments: str, env: dict[str, str], stdin: str = "") -> str:
     """Runs manage.py from a folder that is not its own; returns what it printed."""
     done = subprocess.run(
         [sys.executable, MANAGE, *arguments],
         cwd="/",
         env=env,
+        input=stdin,
         capture_output=True,
         text=True,
         timeout=60,

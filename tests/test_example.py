@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import json
 import textwrap
 from html import unescape
 from itertools import pairwise
+from typing import Any
 
 import pytest
+from websockets.exceptions import ConnectionClosedError
+from websockets.sync.client import connect
 
 from tests.example import ROOT, Answer, Browser, Example, manage
 
@@ -21,7 +25,13 @@ def write_comment(browser: Browser, entry: str, text: str = "Hello", **headers: 
 
 
 def cursor_of(page: Answer) -> str:
-    return page.find(r'live[?]\.cursor [?][?] "([^"]+)"').replace(r"\u002D", "-")
+    return str(followed(page)["cursor"])
+
+
+def followed(page: Answer) -> dict[str, Any]:
+    """What {% comet %} has put into the page."""
+    found: dict[str, Any] = json.loads(page.find(r"<script data-comet [^>]*>([^<]*)"))
+    return found
 
 
 def poll(browser: Browser, page: Answer, cursor: str | None = None) -> Answer:
@@ -30,7 +40,7 @@ def poll(browser: Browser, page: Answer, cursor: str | None = None) -> Answer:
 
 
 def poll_path(page: Answer, cursor: str) -> str:
-    channel = page.find(r'\.on\("(entry:\d+)"')
+    channel = followed(page)["channels"][0]
     return f"/comet/poll/?channel={channel}&cursor={cursor}"
 
 
@@ -180,27 +190,47 @@ def test_comment_without_the_page_s_token_is_refused(example: Example) -> None:
 
 
 def test_reader_counts_for_as_long_as_the_page_polls(example: Example) -> None:
-    reader, entry = example.browser(), example.entry()
+    reader, other, entry = example.browser(), example.browser(), example.entry()
     page = reader.get(entry)
-    start = cursor_of(page)
-    base = page.find(r'new Comet\("([^"]+)"')
-    pk = base.split("/")[2]
+    channel = followed(page)["channels"][0]
+    start = other.get(f"/comet/poll/?channel={channel}@presence").json()["cursor"]
 
-    def readers(cursor: str) -> Answer:
-        return reader.get(f"/comet/poll/?channel=readers:{pk}&cursor={cursor}")
+    def told(cursor: str) -> Any:
+        answer = other.get(f"/comet/poll/?channel={channel}@presence&cursor={cursor}").json()
+        return [message["data"]["count"] for message in answer["messages"]], answer["cursor"]
 
-    open_page = reader.open("GET", f"{base}poll/?channel=entry:{pk}&cursor={start}")
-    arrived = readers(start).json()
+    open_page = reader.open("GET", poll_path(page, cursor_of(page)) + "&client=somebody")
+    # Who asks follows the companion, and not the channel, and does not count.
+    counts, cursor = told(start)
+    assert counts == [1]
     open_page.close()
-    left = readers(arrived["cursor"]).json()
-    assert [message["data"] for message in arrived["messages"]] == ["1 reading now"]
-    assert [message["data"] for message in left["messages"]] == ["0 reading now"]
+    counts, _ = told(cursor)
+    assert counts == [0]
 
 
-def test_nobody_reads_an_entry_that_is_not_there(example: Example) -> None:
-    path = "/reading/999999/7b1c1f6e-6c0f-4d6f-9a53-0d4d7e1b0c11/poll/?channel=entry:999999"
-    assert example.browser().get(path).status == 404
+def test_nobody_follows_an_entry_that_is_not_there(example: Example) -> None:
     assert example.browser().get("/comet/poll/?channel=entry:999999").status == 403
+
+
+def test_what_is_no_feed_is_refused(example: Example) -> None:
+    browser = example.browser()
+    assert browser.get("/import/").headers["Location"].startswith("/login/")
+    browser.get("/login/")
+    browser.post("/login/", {"username": "admin", "password": "admin"})
+    browser.get("/import/")
+    answer = browser.post("/import/", {"feed": "x"})
+    assert (answer.status, answer.json()["error"]) == (
+        422,
+        "This is no JSON feed: it has no items.",
+    )
+
+
+@pytest.mark.parametrize("cell", ["x", "[1, 2]", "[40, 0, 1]", "[-1, 0, 1]", "[0, 0, true]"])
+def test_what_is_no_cell_is_not_painted(example: Example, cell: str) -> None:
+    with connect(f"{example.url.replace('http', 'ws')}/wall/brush/") as socket:
+        socket.send(cell)
+        with pytest.raises(ConnectionClosedError, match="1008"):
+            socket.recv(timeout=20)
 
 
 def test_user_is_shown_by_every_kind_of_view(example: Example) -> None:

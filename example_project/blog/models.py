@@ -75,3 +75,17 @@ class Comment(models.Model):
 
     def __str__(self) -> str:
         return f"{self.name}: {self.text[:40]}"
+
+
+class Cell(models.Model):
+    """A painted square of the wall."""
+
+    x = models.PositiveSmallIntegerField()
+    y = models.PositiveSmallIntegerField()
+    colour = models.PositiveSmallIntegerField()
+
+    class Meta:
+        constraints = [models.UniqueConstraint(fields=["x", "y"], name="blog_cell_place")]
+
+    def __str__(self) -> str:
+        return f"{self.x}, {self.y}: {self.colour}"

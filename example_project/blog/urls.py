@@ -1,6 +1,6 @@
 from django.urls import path, re_path
 
-from . import views
+from . import importing, views, wall
 
 urlpatterns = [
     path("", views.index, name="index"),
@@ -11,8 +11,10 @@ urlpatterns = [
     path("search/", views.search, name="search"),
     path("entry/<slug:slug>/", views.entry, name="entry"),
     path("entry/<slug:slug>/comment/", views.comment, name="comment"),
-    path("reading/<int:pk>/<uuid:page>/poll/", views.reading, name="reading"),
     path("anywhere/", views.anywhere, name="anywhere"),
     path("about/", views.about, name="about"),
     path("feed.json", views.feed, name="feed"),
+    path("wall/", wall.page, name="wall"),
+    path("wall/brush/", wall.brush, name="brush"),
+    path("import/", importing.page, name="import"),
 ]

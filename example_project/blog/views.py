@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from typing import Any
-from uuid import UUID, uuid4
 
 from django.contrib.postgres.search import SearchQuery
 from django.core.paginator import Paginator
@@ -13,13 +12,13 @@ from django.utils.html import linebreaks
 from django.views.decorators.http import require_POST
 
 from tornjango import DeferredResponse, comet, db
-from tornjango.comet.views import poll
 from tornjango.forms import is_valid, save
 from tornjango.shortcuts import arender
 
-from . import readers
 from .forms import CommentForm, SearchForm
 from .models import SEARCHED, Author, Blog, Comment, Tag
+
+MOST_IN_FEED = 500
 
 # Compiled once, for all entries: compiling costs more than all the rest of a small query.
 by_slug = db.prepare(
@@ -45,7 +44,9 @@ def about(request: HttpRequest, response: DeferredResponse) -> None:
 
 
 def feed(request: HttpRequest, response: DeferredResponse) -> None:
-    """https://www.jsonfeed.org/version/1.1/"""
+    """https://www.jsonfeed.org/version/1.1/, with as many of the latest entries as ``?entries=`` says."""
+    asked = request.GET.get("entries", "")
+    entries = min(int(asked), MOST_IN_FEED) if asked.isdecimal() and asked.isascii() else 20
 
     def done(entries: list[Blog]) -> None:
         response.headers["Content-Type"] = "application/feed+json"
@@ -58,7 +59,7 @@ def feed(request: HttpRequest, response: DeferredResponse) -> None:
             }
         )
 
-    db.execute_async(Blog.objects.select_related("author")[:20], done)
+    db.execute_async(Blog.objects.select_related("author")[:entries], done)
 
 
 def feed_item(request: HttpRequest, entry: Blog) -> dict[str, Any]:
@@ -128,23 +129,17 @@ async def comment(request: HttpRequest, slug: str) -> HttpResponse:
         return await entry_page(request, entry, form, status=422)
     comment = await save(form)
     html = render_to_string("blog/comment.html", {"comment": comment})
-    comet.publish(f"entry:{entry.pk}", {"id": comment.pk, "html": html})
+    await comet.apublish_batch(
+        [
+            comet.Event(f"entry:{entry.pk}", {"id": comment.pk, "html": html}),
+            comet.Event("count", {"comments": await Comment.objects.acount()}),
+        ]
+    )
     if from_script:
         blank = CommentForm(initial={"name": comment.name})
         context = {"entry": entry, "form": blank, "posted": True}
         return await arender(request, "blog/comment_form.html", context)
     return redirect(f"{entry.get_absolute_url()}#comment-{comment.pk}")
-
-
-async def reading(request: HttpRequest, pk: int, page: UUID) -> HttpResponse:
-    """An entry's long-poll. An open page always has one parked here, which is how we know that it is being read."""
-    entry = await aget_object_or_404(Blog, pk=pk)
-    user = await request.auser()
-    readers.arrive(entry.pk, page, user.get_username())
-    try:
-        return await poll(request)
-    finally:  # also when the client leaves: then the poll is cancelled
-        readers.leave(entry.pk, page)
 
 
 # Plain views run in a worker thread, and may block on whatever they like.
@@ -172,22 +167,15 @@ async def listing(
     paginator.count = await entries.acount()
     page = paginator.get_page(request.GET.get("page"))
     context |= {"page": page, "entries": page.object_list, "years": years(), "tags": tags()}
+    context["written"] = await Comment.objects.acount()
     return await arender(request, template, context)
 
 
 async def entry_page(
     request: HttpRequest, entry: Blog, form: CommentForm, *, status: int = 200
 ) -> HttpResponse:
-    # Before the comments are read: one that is posted meanwhile then arrives by the channel.
-    cursor = comet.cursor(f"entry:{entry.pk}", f"readers:{entry.pk}")
-    context = {
-        "entry": entry,
-        "comments": entry.comments.all(),
-        "form": form,
-        "cursor": cursor,
-        "readers": readers.line(entry.pk),
-        "page": uuid4(),
-    }
+    # What the page follows it says itself, by {% comet %}: from before this view's queries on.
+    context = {"entry": entry, "comments": entry.comments.all(), "form": form}
     return await arender(request, "blog/entry.html", context, status=status)
 
 

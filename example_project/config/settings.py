@@ -83,8 +83,8 @@ USE_TZ = True
 
 STATIC_URL = "static/"
 
-# Every key has a default; these two are here to show the spelling.
+# Every key has a default. The broker carries messages from any process: try `manage.py import_feed` while a page is open.
 TORNJANGO = {
     "POOL_SIZE": 10,
-    "COMET": {"HISTORY": 200},
+    "COMET": {"BROKER": "postgres", "LINGER": 3},
 }
