@@ -97,6 +97,14 @@ def persevere(call: Callable[[], Position]) -> Position:
                 raise
 
 
+def eventually(condition: Callable[[], object]) -> None:
+    """Returns when something holds of which nothing tells."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.01)
+
+
 class Follower:
     """A process that follows a broker: a sink, and the thread that fills it, again and again, as a `Hub` does."""
 

@@ -19,7 +19,7 @@ from django.db import connections
 from django.test import override_settings
 
 from tests import comet_processes as processes
-from tests.comet_brokers import ROOM, Follower, append, draft, in_threads, insist
+from tests.comet_brokers import ROOM, Follower, append, draft, eventually, in_threads, insist
 from tests.comet_postgres import PostgresServer
 from tests.postgres import Postgres
 from tests.serving import until
@@ -217,8 +217,7 @@ def test_closing_ends_what_is_under_way(server: PostgresServer, own_postgres: Po
         thread = threading.Thread(target=fails)
         thread.start()
         waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock'"
-        while server.sql(waiting).strip() == "0":
-            pass
+        eventually(lambda: server.sql(waiting).strip() != "0")
         broker.close()
         thread.join(20)
     assert failed
@@ -280,6 +279,15 @@ def test_head_that_is_lost_begins_after_all_that_there_was(server: PostgresServe
     assert [message.data for message in broker.backlog(HALL).messages] == ["new"]
 
 
+def test_head_that_was_put_back_is_put_right(server: PostgresServer) -> None:
+    broker = server.broker()
+    before = append(broker, *(draft(n) for n in range(5)))
+    server.sql("update tornjango_comet_head set last = last - 2")
+    after = insist(broker, draft("new"))
+    assert after.epoch != before.epoch
+    assert after.offset == before.offset + 1
+
+
 # Trimming
 
 
@@ -327,14 +335,11 @@ def test_one_process_trims_at_a_time(server: PostgresServer) -> None:
     assert (one.trim(), other.trim()) == (3, 0)
 
 
-def test_tail_has_old_messages_removed(
-    server: PostgresServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tail_has_old_messages_removed(server: PostgresServer) -> None:
     append(server.broker(), *(draft(n, HALL) for n in range(5)))
     server.age(sql.GRACE + 1)
     with following(server) as follower:
-        while follower.broker.status()["removed"] != 3:
-            follower.until(lambda: True)
+        eventually(lambda: follower.broker.status()["removed"] == 3)
 
 
 def test_trimming_that_fails_is_a_warning(
@@ -342,8 +347,7 @@ def test_trimming_that_fails_is_a_warning(
 ) -> None:
     monkeypatch.setattr(sql, "TRIM", "SELECT 1/0")
     with following(server), caplog.at_level(logging.WARNING, "tornjango.comet"):
-        while not any("not removed" in message for message in caplog.messages):
-            pass
+        eventually(lambda: any("not removed" in message for message in caplog.messages))
 
 
 def test_floors_are_forgotten_after_a_day_but_not_those_of_what_is_left(
@@ -392,6 +396,7 @@ async def test_reader_gets_what_another_process_publishes(
             while len(found) < 3:
                 found += processes.data(await reader.next(20))
         assert found == [0, 1, 2]
+        await until(sent.done)
         assert sent.result(0).offset == other.present().offset
 
 
@@ -424,9 +429,10 @@ async def test_reader_that_is_ahead_of_a_process_waits_for_it(
         reader = await processes.reader_at(other, cursor, name)
         with reader.parked():
             assert (await reader.next(0)).messages == []
-            one.send([processes.draft(name, "second")], 20)
+            sent = one.send([processes.draft(name, "second")], 20)
             behind.held.set()
             answer = await reader.next(20)
+        await until(sent.done)
         assert (processes.data(answer), answer.gaps) == (["second"], [])
 
 

@@ -47,7 +47,7 @@ IDLE = 2
 
 # PostgreSQL's names of errors (its manual, appendix A).
 _READ_ONLY = frozenset({"25006", "55000"})
-_NO_TABLE = "42P01"
+_NO_TABLE = frozenset({"42P01", "42703"})
 _NO_PERMISSION = "42501"
 
 
@@ -245,10 +245,10 @@ class PostgresBroker(Broker):
         }
 
     def close(self) -> None:
-        self._watch.close()
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
+        self._watch.close()
         for connection in idle:
             self._disconnect(connection)
 
@@ -328,9 +328,9 @@ class PostgresBroker(Broker):
     def _translate(self, error: Error) -> Exception:
         said = " ".join(str(error).split())
         state = _state(error)
-        if state == _NO_TABLE:
+        if state in _NO_TABLE:
             return ConfigurationError(
-                f"Database {self._alias!r} has no tables for COMET: put 'tornjango' into INSTALLED_APPS and run "
+                f"Database {self._alias!r} lacks tables of COMET's: put 'tornjango' into INSTALLED_APPS and run "
                 f"manage.py migrate --database={self._alias}. The server says: {said}"
             )
         if state == _NO_PERMISSION:

@@ -107,7 +107,7 @@ SELECT concat_ws(
 #: A server that was promoted, or recovered to some point in time, writes a new one: it may lack the end of the log.
 TIMELINE = "SELECT left(pg_walfile_name(pg_current_wal_lsn()), 8)"
 
-#: Makes the head where there is none, and a new epoch where the log has moved.
+#: Makes the head where there is none, and a new epoch where the log has moved, or somebody has put the head back.
 ADOPT = """
 INSERT INTO tornjango_comet_head AS head (id, epoch, home, last, floor)
 SELECT 1, %(fresh)s, %(home)s, coalesce(max(number), 0), coalesce(max(number), 0)
@@ -118,10 +118,14 @@ FROM (
 ) AS known
 ON CONFLICT (id) DO UPDATE SET
     epoch = excluded.epoch, home = excluded.home, last = greatest(head.last, excluded.last)
-WHERE head.home <> excluded.home
+WHERE head.home <> excluded.home OR head.last < excluded.last
 """
 
-AT_HOME = "SELECT 1 FROM tornjango_comet_head WHERE home = %(home)s"
+#: A row, where there is nothing to adopt.
+AT_HOME = """
+SELECT 1 FROM tornjango_comet_head
+WHERE home = %(home)s AND last >= coalesce((SELECT max(number) FROM tornjango_comet_message), 0)
+"""
 
 #: The log ends before what this process has seen of it.
 RENEW = """
