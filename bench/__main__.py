@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench import (
+    comet,
     compare,
     download,
     drill,
@@ -54,6 +55,7 @@ def _with_default(arguments: list[str]) -> list[str]:
     named = {
         "compare",
         "queries",
+        "comet",
         "parked",
         "download",
         "drill",
@@ -104,6 +106,17 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("polls", type=count, nargs="?", default=5000, help="how many (5000)")
     command.set_defaults(run=run_parked)
 
+    command = commands.add_parser("comet", parents=[common], help="readers, and what reaches them")
+    command.add_argument("--quick", action="store_true", help="about a minute, rougher figures")
+    command.add_argument(
+        "parts",
+        nargs="*",
+        type=part,
+        metavar="PART",
+        help=f"{', '.join(comet.PARTS)} (all)",
+    )
+    command.set_defaults(run=run_comet)
+
     command = commands.add_parser("download", parents=[common, paced], help="a large file")
     command.add_argument("--clients", type=count, default=4, help="at once (4)")
     command.add_argument("--megabytes", type=count, default=100, help="size of the file (100)")
@@ -148,6 +161,12 @@ def count(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError("it must be at least 1")
     return number
+
+
+def part(text: str) -> str:
+    if text not in comet.PARTS:
+        raise argparse.ArgumentTypeError(f"it must be one of {', '.join(comet.PARTS)}")
+    return text
 
 
 def duration(text: str) -> float:
@@ -208,6 +227,19 @@ def run_parked(options: argparse.Namespace) -> None:
         options,
         {"versions": versions, "parked": figures, "failures": failures},
         f"{versions}\n\n{parked.report(results, failures)}",
+    )
+
+
+def run_comet(options: argparse.Namespace) -> None:
+    pace = comet.QUICK if options.quick else comet.FULL
+    raise_file_limit(pace.polls + 200)
+    with place(options) as (where, versions):
+        fill(where, options.rows)
+        results = comet.run(where, options.parts or list(comet.PARTS), pace)
+    show(
+        options,
+        {"versions": versions, **dataclasses.asdict(results)},
+        f"{versions}\n\n{comet.report(results)}",
     )
 
 
@@ -357,6 +389,7 @@ def versions(where: Place, count: int) -> str:
     listing = "import importlib.metadata as m, sys; print(*(f'{p} {m.version(p)}' for p in sys.argv[1:]), sep=', ')"
     ours = ["django", "tornado", "momoko", "psycopg2-binary"]
     theirs = ["django", "uvicorn", "uvloop", "granian", "daphne", "gunicorn", "psycopg"]
+    theirs += ["channels", "channels_redis", "django-eventstream"]
     return "\n".join(
         [
             f"{datetime.date.today()}, Python {platform.python_version()}, {count} cores, "

@@ -57,6 +57,8 @@ class Parked:
     """CPU of the server for one answer and the next poll on the same connection, parked again."""
     last_answered: float
     """Seconds from the request that publishes to the last poll's answer."""
+    aside: float
+    """Seconds until a reader of another channel had what was published right after; 0 where there are no channels."""
     still_held: int
     gone_seconds: float
     """From the clients' leaving until none was held, or until we stopped looking."""
@@ -129,8 +131,9 @@ def run(peer: Peer, place: Place, count: int) -> Parked:
         parked_mib=parked / 2**20,
         kib_each=(parked - idle) / count / 1024,
         kib_each_later=(later - idle) / count / 1024,
-        repoll_us=statistics.median(cpu for cpu, _ in cycles) / count * 1e6,
-        last_answered=statistics.median(seconds for _, seconds in cycles),
+        repoll_us=statistics.median(cpu for cpu, _, _ in cycles) / count * 1e6,
+        last_answered=statistics.median(seconds for _, seconds, _ in cycles),
+        aside=statistics.median(seconds for _, _, seconds in cycles),
         still_held=still,
         gone_seconds=gone,
     )
@@ -155,19 +158,28 @@ def warm_up(server: Server, peer: Peer, watch: Watch) -> None:
         watch.must_hold(0)
 
 
-def cycle(clients: Pollers, watch: Watch, count: int) -> tuple[float, float]:
-    """From parked to parked again: the server's CPU, and how long the last answer took, in seconds."""
+def cycle(clients: Pollers, watch: Watch, count: int) -> tuple[float, float, float]:
+    """From parked to parked again: the server's CPU, and how long the last answer and one aside took, in seconds."""
     before = watch.server.cpu()
-    seconds = clients.tell("publish")["seconds"]
+    told = clients.tell("publish")
     clients.tell("park")
     watch.must_hold(count)
-    return watch.server.cpu() - before, seconds
+    return watch.server.cpu() - before, told["seconds"], told["aside"]
 
 
 @contextlib.contextmanager
 def pollers(server: Server, peer: Peer, count: int) -> Iterator[Pollers]:
     cursor = json.loads(server.get(f"/{peer.spelling}/cursor/"))["cursor"]
     polls = Polls(server.port, count, cursor, POLL[peer.spelling], f"/{peer.spelling}/publish/")
+    if peer.spelling == "tornjango":
+        aside = json.loads(server.get("/tornjango/cursor/?channel=aside"))["cursor"]
+        polls = dataclasses.replace(
+            polls,
+            aside="/comet/poll/?channel=aside&cursor=",
+            aside_cursor=aside,
+            publish_aside="/tornjango/publish/?channel=aside",
+            greet="/tornjango/json/",
+        )
     process = subprocess.Popen(
         [sys.executable, "-m", "bench.pollers"],
         stdin=subprocess.PIPE,
@@ -193,6 +205,7 @@ def report(results: list[Parked], failures: list[str]) -> str:
         (f"each after {CYCLES} more polls, KiB", lambda r: f"{r.kib_each_later:.1f}"),
         ("CPU per re-poll, us", lambda r: f"{r.repoll_us:,.0f}"),
         ("one publish, last answered, s", lambda r: f"{r.last_answered:.2f}"),
+        ("a second one aside, s", lambda r: f"{r.aside:.2f}" if r.aside else "-"),
         ("still held after all hung up", lambda r: f"{r.still_held}"),
         ("seconds until then", lambda r: f"{r.gone_seconds:.1f}"),
     ]

@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import json
 import sys
+from collections.abc import Awaitable, Callable
 from urllib.parse import quote
 
 from bench.wire import Answer, WireError, parse, request_bytes
@@ -28,6 +29,12 @@ class Polls:
     poll: str
     """The path, with the cursor to come at its end."""
     publish: str
+    aside: str = ""
+    """The path of a poll on another channel, its cursor to come at its end; empty where there are no channels."""
+    aside_cursor: str = ""
+    publish_aside: str = ""
+    greet: str = ""
+    """A path that is answered at once."""
 
 
 class Poller(asyncio.Protocol):
@@ -56,6 +63,8 @@ class Poller(asyncio.Protocol):
             self.buffer = b""
             if self.fleet:
                 self.fleet.answered()
+            elif self.answered and not self.answered.done():
+                self.answered.set_result(self.answer)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.fleet:
@@ -69,6 +78,7 @@ class Fleet:
         self.polls = polls
         self.pollers: list[Poller] = []
         self.cursor = polls.cursor
+        self.aside_cursor = polls.aside_cursor
         #: What tornjango gives besides, and wants to see again: the clients all look alike to it.
         self.grant = ""
         self.missing = 0
@@ -95,21 +105,49 @@ class Fleet:
         self.pollers.append(poller)
 
     async def publish(self) -> dict[str, object]:
-        """Seconds from the publisher's request to the last poll's answer."""
+        """Seconds from the publisher's request to the last poll's answer, and to that of a message published right after it,
+        to a reader of another channel."""
         loop = asyncio.get_running_loop()
         if self.all_answered is None or self.missing != len(self.pollers):
             raise WireError(f"{len(self.pollers) - self.missing} polls were answered before time")
         _, publisher = await loop.create_connection(
             lambda: Poller(None), "127.0.0.1", self.polls.port
         )
+        aside = await self._aside() if self.polls.aside else None
         start = loop.time()
         publisher.send(self.polls.publish)
         async with asyncio.timeout(TIMEOUT):
+            aside_at = await aside() if aside is not None else start
             await self.all_answered
         seconds = loop.time() - start
         publisher.transport.close()
         self._check()
-        return {"seconds": seconds}
+        return {"seconds": seconds, "aside": aside_at - start}
+
+    async def _aside(self) -> Callable[[], Awaitable[float]]:
+        """Has a poll on another channel wait. The function publishes there, and tells when the poll was answered."""
+        loop = asyncio.get_running_loop()
+        reader, publisher = [
+            (await loop.create_connection(lambda: Poller(None), "127.0.0.1", self.polls.port))[1]
+            for _ in range(2)
+        ]
+        reader.answered, publisher.answered = loop.create_future(), loop.create_future()
+        reader.send(self.polls.aside + quote(self.aside_cursor))
+        # The server takes what comes in order, and so has the poll when it has answered something else.
+        publisher.send(self.polls.greet)
+        await publisher.answered
+
+        async def publish() -> float:
+            publisher.send(self.polls.publish_aside)
+            assert reader.answered is not None
+            answer = await reader.answered
+            now = loop.time()
+            self.aside_cursor = json.loads(answer.body)["cursor"]
+            for poller in (reader, publisher):
+                poller.transport.close()
+            return now
+
+        return publish
 
     def _check(self) -> None:
         answers = [json.loads(body) for body in {self._body(it.answer) for it in self.pollers}]

@@ -11,8 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import download, reload, routing
+from bench import comet, download, reload, routing
 from bench.__main__ import FULL, QUICK, fill
+from bench.comet_clients import Fleet as Members
+from bench.comet_clients import Heard, unframe
+from bench.comet_clients import Plan as Rooms
 from bench.compare import CELLS, VIEWS, Pace, compare, report, views_of
 from bench.figures import Sample, Summary, cost_cell, rate_cell, shares, summarize, table
 from bench.load import Outcome, Plan, load
@@ -400,3 +403,91 @@ def test_reloads_are_measured_with_and_without_streams() -> None:
     assert [result.streams for result in found] == [0, 2]
     assert min(result.seconds for result in found) > 0
     assert "2 streams" in reload.report(found)
+
+
+def test_every_room_has_as_many_members() -> None:
+    plan = Rooms(0, "poll", "", "", clients=200, rooms=100, follows=10, rate=1, seconds=1)
+    members = [room for client in range(200) for room in plan.rooms_of(client)]
+    assert {members.count(room) for room in set(members)} == {20}
+    assert len(set(members)) == 100
+
+
+def frame(payload: bytes) -> bytes:
+    size = len(payload)
+    length = bytes([size]) if size < 126 else b"\x7e" + size.to_bytes(2, "big")
+    return b"\x81" + length + payload
+
+
+@pytest.mark.parametrize("payload", [b"{}", b"x" * 300])
+def test_frame_is_read_once_its_last_byte_is_there(payload: bytes) -> None:
+    whole = frame(payload)
+    assert [unframe(whole[:end]) for end in range(len(whole))] == [None] * len(whole)
+    assert unframe(whole + b"\x81") == (1, payload, len(whole))
+
+
+ANSWER = '{"messages":[{"data":{"at":%s}},{"data":{"at":%s}}],"cursor":"c","gaps":[],"more":false}'
+
+
+async def follow_rooms(transport: str, begin: bytes, wrap: Callable[[bytes], bytes]) -> Heard:
+    """Two clients of a server that answers them at once, and then tells each of two messages, with one answer."""
+    loop = asyncio.get_running_loop()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        empty = '{"messages":[],"cursor":"c","gaps":[],"more":false,"grant":"g"}'
+        writer.write(begin + wrap(empty.encode()))
+        writer.write(wrap((ANSWER % (loop.time() - 0.25, loop.time())).encode()))
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        members = Members(Rooms(port, transport, "/?", "", 2, 2, 1, 0, 0))
+        await members.connect()
+        outcome = await members.finish(4)
+        members.hang_up()
+    return outcome
+
+
+def http(body: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+
+
+def event(body: bytes) -> bytes:
+    chunk = b"id: c\ndata: %s\n\n" % body
+    return b"%x\r\n%s\r\n" % (len(chunk), chunk)
+
+
+@pytest.mark.parametrize(
+    ("transport", "begin", "wrap"),
+    [
+        ("poll", b"", http),
+        ("sse", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", event),
+        ("socket", b"HTTP/1.1 101 Switching Protocols\r\n\r\n", frame),
+    ],
+)
+def test_members_of_rooms_count_messages_over_every_transport(
+    transport: str, begin: bytes, wrap: Callable[[bytes], bytes]
+) -> None:
+    outcome = asyncio.run(follow_rooms(transport, begin, wrap))
+    assert (outcome.published, outcome.delivered, outcome.lost, outcome.answers) == (4, 4, 0, 2)
+    assert sum(count for tenths, count in outcome.latencies.items() if tenths >= 2500) >= 2
+
+
+def test_latencies_are_drawn_in_buckets_that_grow() -> None:
+    outcome = Heard(10, 10, 0, 5, 0.0, {5: 6, 15: 2, 900: 1, 45_000: 1})
+    result = comet.told("tornjango", outcome, cpu=0.001, seconds=2)
+    assert (result.p50_ms, result.p99_ms, result.max_ms) == (0.5, 4500, 4500)
+    assert (result.cpu_us, result.per_second) == (100, 5)
+    assert result.buckets[0] == (1, 6)
+    assert result.buckets[-1] == (5000, 1)
+    assert sum(count for _, count in result.buckets) == 10
+    lines = comet.histogram(result).splitlines()
+    assert "#" * comet.BAR in lines[1]
+    assert lines[1].endswith("60.0%")
+
+
+def test_a_server_that_tells_nothing_is_told() -> None:
+    with pytest.raises(BenchError, match="nothing of 10 messages"):
+        comet.told("peer", Heard(10, 0, 10, 0, 0.0, {}), cpu=1, seconds=1)

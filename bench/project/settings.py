@@ -32,8 +32,23 @@ INSTALLED_APPS = [
     "django.contrib.staticfiles",
     "bench.project",
 ]
+REDIS = os.environ.get("BENCH_REDIS", "")
 if TORNADO:
     INSTALLED_APPS.insert(0, "tornjango")
+elif REDIS:
+    INSTALLED_APPS += ["channels", "django_eventstream"]
+    # redis-py would end a wait for news after some seconds, and Channels its WebSockets with it.
+    CHANNEL_LAYERS = {
+        "default": {
+            "BACKEND": "channels_redis.core.RedisChannelLayer",
+            "CONFIG": {"hosts": [{"address": REDIS, "socket_timeout": None}]},
+        }
+    }
+    EVENTSTREAM_REDIS = {
+        "host": "127.0.0.1",
+        "port": int(REDIS.rpartition(":")[2]),
+        "socket_timeout": None,
+    }
 
 MIDDLEWARE: list[str] = []
 if os.environ.get("BENCH_MIDDLEWARE") == "default":
@@ -91,5 +106,9 @@ TORNJANGO = {
     "ENGINES": {"default": os.environ.get("BENCH_ENGINE", "momoko")},
     "POOL_SIZE": CONNECTIONS,
     "RESPONSE_TIMEOUT": 600,
-    "COMET": {"POLL_TIMEOUT": 600, "BROKER": os.environ.get("BENCH_BROKER", "memory")},
+    "COMET": {
+        "POLL_TIMEOUT": 600,
+        "BROKER": os.environ.get("BENCH_BROKER", "memory"),
+        **({"REDIS": REDIS} if REDIS else {}),
+    },
 }

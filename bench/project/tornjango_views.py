@@ -45,11 +45,16 @@ async def page(request: HttpRequest) -> HttpResponse:
 
 
 async def cursor(request: HttpRequest) -> JsonResponse:
-    return JsonResponse({"cursor": comet.cursor("bench")})
+    return JsonResponse({"cursor": comet.cursor(request.GET.get("channel", "bench"))})
 
 
 async def publish(request: HttpRequest) -> JsonResponse:
-    comet.publish("bench", {"text": "something happened"}, now=True)
+    await comet.apublish(request.GET.get("channel", "bench"), {"text": "something happened"})
+    return JsonResponse({})
+
+
+async def say(request: HttpRequest) -> JsonResponse:
+    await comet.apublish(request.GET["channel"], {"at": float(request.GET["at"])})
     return JsonResponse({})
 
 
@@ -72,5 +77,6 @@ urlpatterns = [
     path("2009/", year_2009),  # type: ignore[arg-type]  # django-stubs knows no deferred views
     path("cursor/", cursor),
     path("publish/", publish),
+    path("say/", say),
     path("status/", status),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
 from django.urls import URLPattern, URLResolver, include, path
@@ -16,3 +17,5 @@ if find_spec("tornado"):
         path("tornjango/", include("bench.project.tornjango_views")),
         path("comet/", include("tornjango.comet.urls")),
     ]
+elif "BENCH_REDIS" in os.environ:
+    urlpatterns += [path("", include("bench.project.comet_peers"))]
