@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
@@ -23,12 +22,9 @@ from tests.postgres import Postgres
 from tests.serving import serving, until
 from tests.test_cycles import garbage
 from tornjango import comet
-from tornjango.comet import channels
+from tornjango.comet import attendance, channels
 from tornjango.comet import hub as hubs
-from tornjango.comet.brokers.base import Draft
-from tornjango.comet.hub import Hub
-from tornjango.comet.log import Position
-from tornjango.comet.presence import (
+from tornjango.comet.attendance import (
     FAREWELLS,
     GONE_AFTER,
     HEARTBEAT,
@@ -40,6 +36,9 @@ from tornjango.comet.presence import (
     Presence,
     member_id,
 )
+from tornjango.comet.brokers.base import Draft
+from tornjango.comet.hub import Hub
+from tornjango.comet.log import Position
 from tornjango.comet.readers import Reader
 from tornjango.comet.roll import Member
 from tornjango.conf import get_config
@@ -56,8 +55,6 @@ STATES = f"{ROOM}@presence"
 ANN, BOB, CARL = (Member(letter * 20, pk, letter) for pk, letter in enumerate("abc"))
 LINGER = 10.0
 
-# The package has a function of that name.
-MODULE = sys.modules["tornjango.comet.presence"]
 
 allowed = {"yes": True}
 
@@ -309,7 +306,7 @@ async def test_ten_thousand_are_counted_and_a_hundred_are_named(
 async def test_states_of_many_channels_are_told_a_few_at_a_time(
     alone: Presence, words: Words, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MODULE, "STATES_PER_TICK", 10)
+    monkeypatch.setattr(attendance, "STATES_PER_TICK", 10)
     for n in range(25):
         alone.appear(f"seats:{n}", ANN)
     sent = []
@@ -324,7 +321,7 @@ async def test_states_of_many_channels_are_told_a_few_at_a_time(
 async def test_those_who_linger_are_bounded(
     alone: Presence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MODULE, "MAX_LINGERING", 10)
+    monkeypatch.setattr(attendance, "MAX_LINGERING", 10)
     for n in range(100):
         alone.appear(ROOM, Member(str(n)))
         alone.vanish(ROOM, str(n), LINGER)
@@ -953,8 +950,8 @@ async def test_reader_leaves_nothing_for_the_garbage_collector(hub: Hub) -> None
 async def test_timer_tells_by_itself_and_rests_when_there_is_nothing_to_do(
     words: Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MODULE, "TICK", 0.001)
-    monkeypatch.setattr(MODULE, "HEARTBEAT", 0.01)
+    monkeypatch.setattr(attendance, "TICK", 0.001)
+    monkeypatch.setattr(attendance, "HEARTBEAT", 0.01)
     presence = Presence(words.send, alone=True)
     presence.appear(ROOM, ANN)
     await until(lambda: words.drafts)
@@ -968,7 +965,7 @@ async def test_timer_goes_on_after_an_error(
     monkeypatch: pytest.MonkeyPatch, error_log: list[Any]
 ) -> None:
     for name in ("TICK", "HEARTBEAT"):
-        monkeypatch.setattr(MODULE, name, 0.001)
+        monkeypatch.setattr(attendance, name, 0.001)
     calls: list[int] = []
 
     def run() -> None:
@@ -976,7 +973,7 @@ async def test_timer_goes_on_after_an_error(
         if len(calls) == 1:
             raise ZeroDivisionError
 
-    timer = MODULE.Timer(run)
+    timer = attendance.Timer(run)
     timer.start()
     await until(lambda: len(calls) == 2)
     assert error_log.pop().exc_info[0] is ZeroDivisionError
@@ -985,7 +982,7 @@ async def test_timer_goes_on_after_an_error(
 def test_timer_goes_on_another_loop_when_its_own_is_closed(
     words: Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MODULE, "TICK", 0.001)
+    monkeypatch.setattr(attendance, "TICK", 0.001)
     presence = Presence(words.send, alone=True)
 
     async def appear(member: Member) -> None:
@@ -1001,7 +998,7 @@ def test_timer_goes_on_another_loop_when_its_own_is_closed(
 
 @pytest.mark.gen_test
 async def test_served_readers_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MODULE, "TICK", 0.01)
+    monkeypatch.setattr(attendance, "TICK", 0.01)
     room = "seats:72"
     with override_settings(TORNJANGO={"COMET": {"LINGER": 0.1}}):
         async with serving(ROOT_URLCONF="tests.comet_urls") as site:
@@ -1015,3 +1012,8 @@ async def test_served_readers_are_known(monkeypatch: pytest.MonkeyPatch) -> None
                 if counts[-1] == 0:
                     break
     assert (answer["messages"], counts[-1]) == ([], 0)
+
+
+def test_nobody_else_publishes_who_is_there() -> None:
+    with pytest.raises(comet.CometError, match="tells who follows"):
+        comet.publish("seats:1@presence", {"count": 7})

@@ -28,7 +28,7 @@ from tornjango.comet.brokers.memory import MemoryBroker
 from tornjango.comet.handover import Inheritance, Successor, read, write
 from tornjango.comet.log import Channel, Limits, Logs, Message, Position, Reading, Snapshot
 from tornjango.comet.outbox import FIRST_PAUSE, LAST_PAUSE, Outbox
-from tornjango.comet.presence import FAREWELLS, PRESENCE, Presence
+from tornjango.comet.attendance import FAREWELLS, PRESENCE, Presence
 from tornjango.comet.roll import Member
 from tornjango.comet.waiters import Waiters
 from tornjango.conf import CometConfig, get_config

@@ -20,7 +20,7 @@ from tornjango.comet.brokers.base import Draft
 from tornjango.comet.hub import REVOKED, get_hub
 from tornjango.comet.log import Audience, Channel, Position
 from tornjango.conf import get_config
-from tornjango.exceptions import UnknownChannel
+from tornjango.exceptions import CometError, UnknownChannel
 
 logger = logging.getLogger("tornjango.comet")
 
@@ -114,6 +114,10 @@ def _report(drafts: Sequence[Draft], sent: Future[Position]) -> None:
 
 def _draft(event: Event) -> Draft:
     target = _declared(event.channel)
+    if event.channel.endswith(channels.COMPANION):
+        raise CometError(
+            f"{event.channel!r} tells who follows, and nothing else: publish to another channel."
+        )
     body = encode(event.channel, event.data, event.event)
     _check_size(target, body)
     return Draft(target, body, _audience(event))

@@ -19,7 +19,7 @@ from django.utils.functional import SimpleLazyObject, empty
 from tornjango.comet import channels, cursors, grants
 from tornjango.comet.hub import Hub, get_hub
 from tornjango.comet.log import Audience, Channel, Message, Position, Reading
-from tornjango.comet.presence import make_member, member_id
+from tornjango.comet.attendance import make_member, member_id
 from tornjango.comet.roll import Member
 from tornjango.comet.waiters import Waiter
 from tornjango.conf import get_config
