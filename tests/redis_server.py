@@ -25,6 +25,13 @@ REASON = "needs redis-server on the PATH (on Debian: apt-get install redis-serve
 _WATCH = 'cat >/dev/null; kill -9 "$1" 2>/dev/null'
 
 
+def version() -> int:
+    """The program's, or Valkey's: it counts on from Redis' 7."""
+    assert PROGRAM is not None
+    told = subprocess.run([PROGRAM, "--version"], check=True, capture_output=True, text=True).stdout
+    return int(told.partition(" v=")[2].partition(".")[0])
+
+
 class Redis:
     """One server; its data, in ``folder``, outlives a `stop` or a `kill`, until it is told to `lose` them."""
 
@@ -59,7 +66,6 @@ class Redis:
                 raise
 
     def _until_ready(self) -> None:
-        assert self._server is not None
         deadline = time.monotonic() + 30
         while True:
             try:
@@ -67,9 +73,13 @@ class Redis:
                 return
             except redis.RedisError:
                 log = (self.folder / "log").read_text()
-                assert self._server.poll() is None, log
+                assert self.runs, log
                 assert time.monotonic() < deadline, log
                 time.sleep(0.01)
+
+    @property
+    def runs(self) -> bool:
+        return self._server is not None and self._server.poll() is None
 
     def stop(self) -> None:
         """In good order. Does nothing when it does not run."""

@@ -23,7 +23,7 @@ from tests.comet_brokers import (
 from tests.comet_processes import cursor_of, data, publish, reader_at, started
 from tests.comet_processes import draft as draft_to
 from tests.comet_redis import HEAD, LASTS, PREFIX, TAIL
-from tests.redis_server import PROGRAM, REASON, Redis
+from tests.redis_server import PROGRAM, REASON, Redis, version
 from tests.serving import until
 from tornjango.comet.brokers import redis as broker_module
 from tornjango.comet.brokers.redis import RedisBroker
@@ -31,6 +31,10 @@ from tornjango.comet.log import Channel, Limits, Position
 from tornjango.exceptions import BrokerUnavailable, ConfigurationError
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason=REASON)
+
+needs_redis_7 = pytest.mark.skipif(
+    PROGRAM is not None and version() < 7, reason="needs options of Redis 7"
+)
 
 HALF_DAY = 12 * 3600
 
@@ -449,6 +453,7 @@ def test_prefix_that_is_no_hash_tag_is_refused(prefix: str) -> None:
         RedisBroker("redis://127.0.0.1", prefix)
 
 
+@needs_redis_7
 def test_all_keys_are_in_one_slot_of_a_cluster() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as one,
@@ -534,7 +539,8 @@ def test_password_is_asked_for_and_not_told() -> None:
         right.close()
 
 
-def test_server_that_is_loading_is_said_to_be(server: Redis) -> None:
+@needs_redis_7
+def test_server_that_is_loading_is_said_to_be() -> None:
     with Redis("--appendonly", "no", "--save", "3600 1") as slow:
         broker = RedisBroker(slow.url, PREFIX)
         append(broker, *(draft(n, hall(n)) for n in range(50)))
@@ -543,7 +549,7 @@ def test_server_that_is_loading_is_said_to_be(server: Redis) -> None:
         delay = ("--key-load-delay", "20000", "--loading-process-events-interval-bytes", "1024")
         slow.start(*delay, until_ready=False)
         while "Error 2 " in (error := failure(broker)) or "Error 111 " in error:
-            pass  # It has no socket yet.
+            assert slow.runs  # It has no socket yet.
         assert "loading the dataset" in error
         assert persevere(broker.head).offset == 50
         broker.close()
