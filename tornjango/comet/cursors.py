@@ -87,6 +87,7 @@ def _signer(keys: Keys) -> Signer:
     return Signer(key=key, fallback_keys=fallback_keys, salt=_SALT, sep=_SEPARATOR)
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def digest(name: str) -> bytes:
     data = name.encode("utf-8", "surrogatepass")
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()

@@ -330,32 +330,41 @@ class Reader:
         followed any more.
         """
         assert self._waiter is not None
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout
+        deadline = asyncio.get_running_loop().time() + timeout
         while True:
             await self._authorise_again()
-            since = dict(self._positions)
-            reading = await self.hub.read(since)
-            messages = reading.messages
-            if any(message.audience is not None for message in messages):
-                messages = await self._for_me(messages)
-            if self.superseded:
-                retry = self.hub.waiters.retry()
-                return Answer([], self.cursor, [], False, retry, at=self.at)
-            if self._revoked():
-                continue  # while this was read: who is refused hears nothing that was published after
-            if since != self._positions:
-                continue  # channels were added or left while this was read
-            gaps, more = self._advance(reading)
-            draining = self.hub.waiters.draining
-            over = draining or self._prompted or loop.time() >= deadline
-            if messages or gaps or over:
-                self._prompted = False
-                retry = self.hub.waiters.retry()
-                grant = self._take_grant()
-                return Answer(messages, self.cursor, gaps, more, retry, grant, self.at)
+            answer, more = await self._look(deadline)
+            if answer is not None:
+                return answer
             if not more:
                 await self._waiter.wait(deadline)
+
+    async def _look(self, deadline: float) -> tuple[Answer | None, bool]:
+        """The answer, where one is due; else, whether to look again at once. A parked reader keeps nothing of it."""
+        since = dict(self._positions)
+        reading = await self.hub.read(since)
+        messages = reading.messages
+        if any(message.audience is not None for message in messages):
+            messages = await self._for_me(messages)
+        if self.superseded:
+            retry = self.hub.waiters.retry()
+            return Answer([], self.cursor, [], False, retry, at=self.at), False
+        if self._revoked():
+            return (
+                None,
+                True,
+            )  # while this was read: who is refused hears nothing that was published after
+        if since != self._positions:
+            return None, True  # channels were added or left while this was read
+        gaps, more = self._advance(reading)
+        draining = self.hub.waiters.draining
+        over = draining or self._prompted or asyncio.get_running_loop().time() >= deadline
+        if not (messages or gaps or over):
+            return None, more
+        self._prompted = False
+        retry = self.hub.waiters.retry()
+        grant = self._take_grant()
+        return Answer(messages, self.cursor, gaps, more, retry, grant, self.at), more
 
     def _advance(self, reading: Reading) -> tuple[list[str], bool]:
         """Which gaps to tell of, and whether there is more to read."""

@@ -139,7 +139,10 @@ class Waiters:
     def _here(self) -> _Parked:
         loop = asyncio.get_running_loop()
         with self._lock:
-            return self._loops.setdefault(loop, _Parked())
+            parked = self._loops.get(loop)
+            if parked is None:
+                parked = self._loops[loop] = _Parked()
+            return parked
 
     def notify(self, channels: Collection[str] | None) -> None:
         """Wakes the readers of these channels, or all of them, each on its own loop; may be called in any thread."""
