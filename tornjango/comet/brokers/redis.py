@@ -280,6 +280,7 @@ class RedisBroker(Broker):
             self._deliver(sink, look, end)
         else:
             self._mark = end, look.mark
+            self._behind = 0
         return self._behind > 0
 
     def _is_fork(self, look: _Look, end: Position) -> bool:
