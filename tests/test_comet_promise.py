@@ -618,7 +618,7 @@ SERVERS: dict[str, Callable[[pytest.FixtureRequest], Server | None]] = {
 }
 
 #: Runs in each test; those of a broker in a server take longer.
-RUNS = {"memory": 12, "loopback": 10, "postgres": 2, "redis": 3}
+RUNS = {"memory": 8, "loopback": 8, "postgres": 2, "redis": 3}
 
 
 @pytest.fixture
