@@ -350,10 +350,8 @@ class Reader:
             retry = self.hub.waiters.retry()
             return Answer([], self.cursor, [], False, retry, at=self.at), False
         if self._revoked():
-            return (
-                None,
-                True,
-            )  # while this was read: who is refused hears nothing that was published after
+            # While this was read: who is refused hears nothing that was published after.
+            return None, True
         if since != self._positions:
             return None, True  # channels were added or left while this was read
         gaps, more = self._advance(reading)
