@@ -1,8 +1,9 @@
-"""What README.rst shows is run: its samples as a project, its program as a program, its table from the settings."""
+"""What README.rst and docs/comet.rst show is run: samples as a project, programs as programs, the table from the settings."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -12,7 +13,9 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import urlencode
 from urllib.request import Request, urlopen
 
@@ -23,6 +26,7 @@ from tornjango.conf import CometConfig, Config
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.rst").read_text("utf-8")
 FAULTS = (ROOT / "docs" / "database.rst").read_text("utf-8")
+COMET = (ROOT / "docs" / "comet.rst").read_text("utf-8")
 BEGIN, END = ".. settings begin\n", ".. settings end\n"
 
 # What the samples take for granted.
@@ -98,6 +102,7 @@ GIVEN = {
             path("queries/", views.queries),
             path("forget/<slug>/", views.forget),
             path("", include("urls")),
+            path("rooms/", include("rooms.urls")),
         ]
     """,
     "given/views.py": """
@@ -131,12 +136,62 @@ GIVEN = {
 }
 
 
-def samples() -> dict[str, str]:
-    """The Python blocks whose first line is a comment with a file's name."""
-    blocks = re.findall(r"\.\. code-block:: python\n\n((?:    .*\n|\n)+)", README)
-    texts = [textwrap.dedent(block) for block in blocks]
-    found = {match[1]: text for text in texts if (match := re.match(r"# (\S+\.py)\n", text))}
-    assert len(found) == len(texts), "a sample does not say its file"
+# What those of docs/comet.rst take for granted besides; README.rst's settings stand before these.
+GIVEN_ROOMS = {
+    "settings.py": """
+        INSTALLED_APPS += ["rooms"]
+    """,
+    "rooms/__init__.py": "",
+    "rooms/models.py": """
+        from django.contrib.auth.models import User
+        from django.db import models
+
+        class Room(models.Model):
+            name = models.CharField(max_length=50)
+            members = models.ManyToManyField(User)
+    """,
+    "rooms/urls.py": """
+        from django.http import HttpResponse
+        from django.urls import path
+        from rooms import renaming, views
+
+        def rename(request):
+            return HttpResponse(renaming.rename(7, request.GET["name"]))
+
+        urlpatterns = [
+            path("room/", views.room),
+            path("news/", views.news),
+            path("export/", views.export),
+            path("rename/", rename),
+        ]
+    """,
+    "member.py": """
+        import os
+        os.environ["DJANGO_SETTINGS_MODULE"] = "settings"
+        import django
+        django.setup()
+        from django.contrib.auth.models import User
+        from django.test import Client
+        from rooms.models import Room
+        member = User.objects.create_user("ann")
+        Room.objects.create(pk=7, name="Seven").members.add(member)
+        client = Client()
+        client.force_login(member)
+        print(client.cookies["sessionid"].value)
+    """,
+}
+
+
+def samples(document: str) -> dict[str, str]:
+    """The Python blocks, and HTML's, whose first line is a comment with a file's name; Python's all have one."""
+    blocks = re.findall(r"\.\. code-block:: (python|html)\n\n((?:    .*\n|\n)+)", document)
+    found = {}
+    for language, block in blocks:
+        text = textwrap.dedent(block)
+        match = re.match(r"# (\S+\.py)\n|\{# (\S+\.html) #\}\n", text)
+        assert match or language == "html", "a sample does not say its file"
+        if match:
+            found[match[1] or match[2]] = text
     return found
 
 
@@ -163,7 +218,8 @@ def run(folder: Path, *arguments: str, errors: bool = False) -> str:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
-    for name, text in [*GIVEN.items(), *samples().items()]:
+    files = GIVEN, samples(README), GIVEN_ROOMS, samples(COMET)
+    for name, text in itertools.chain.from_iterable(each.items() for each in files):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
@@ -231,13 +287,78 @@ def test_the_tests_of_ones_own_pass(project: Path) -> None:
     assert "OK" in run(project, "-W", "error", "manage.py", "test", "--verbosity", "2", errors=True)
 
 
-def test_the_channels_bring_what_is_published(site: str) -> None:
-    first = json.loads(get(f"{site}/comet/poll/?channel=entry:7"))
-    get(f"{site}/shout/7/?text=hello")
-    answer = json.loads(get(f"{site}/comet/poll/?channel=entry:7&cursor={first['cursor']}"))
+def begin(page: str) -> dict[str, Any]:
+    """What ``{% comet %}`` gives to a page's script."""
+    found = re.search(r"<script data-comet .*?>(.*?)</script>", page)
+    assert found
+    start: dict[str, Any] = json.loads(found[1])
+    return start
+
+
+def test_the_page_follows_what_is_published(site: str) -> None:
+    page = get(f"{site}/live/1/")
+    start = begin(page)
+    assert start["channels"] == ["entry:1"]
+    assert '.on("entry:1@presence", ' in page
+    token = "x" * 32
+    text = {"text": "hello", "csrfmiddlewaretoken": token}
+    assert get(f"{site}/say/1/", text, f"csrftoken={token}") == ""
+    query = urlencode({"channel": "entry:1", "cursor": start["cursor"]})
+    answer = json.loads(get(f"{site}{start['urls']['poll']}?{query}"))
     assert [message["data"] for message in answer["messages"]] == [{"text": "hello"}]
-    by_hand = json.loads(get(f"{site}/listen/7/?cursor={first['cursor']}"))
-    assert by_hand["news"] == 1
+
+
+def test_the_status_page_asks_strangers_to_log_in(site: str) -> None:
+    assert "/admin/login/" in get(f"{site}/status/")
+
+
+@pytest.fixture(scope="module")
+def member(project: Path) -> str:
+    """The session of one who may follow room:7."""
+    return run(project, "member.py").strip()
+
+
+def test_the_room_tells_its_members(site: str, member: str) -> None:
+    """docs/comet.rst: a page, a publish on commit, and endpoints of one's own."""
+    cookie = f"sessionid={member}"
+    start = begin(get(f"{site}/rooms/room/", cookie=cookie))
+    assert start["channels"] == ["room:7", "occupied"]
+    get(f"{site}/rooms/rename/?name=Eight", cookie=cookie)
+    cursor = urlencode({"cursor": start["cursor"]})
+    told = json.loads(get(f"{site}/rooms/news/?{cursor}", cookie=cookie))
+    assert (told["titles"], told["lost"]) == ([{"name": "Eight"}], False)
+    request = Request(f"{site}/rooms/export/?{cursor}", headers={"Cookie": cookie})
+    with urlopen(request, timeout=20) as lines:
+        assert json.loads(lines.readline())["data"] == {"name": "Eight"}
+
+
+def test_a_stranger_is_refused(site: str) -> None:
+    with pytest.raises(HTTPError) as refusal:
+        get(f"{site}/rooms/news/")
+    with refusal.value as answer:
+        assert answer.code == 403
+        assert "room:7" in json.load(answer)["error"]
+
+
+def test_the_program_follows(project: Path, site: str, member: str) -> None:
+    command = [sys.executable, "-u", "follow.py", f"{site}/comet/", member]
+    with subprocess.Popen(
+        command, cwd=project, env=environment(), stdout=subprocess.PIPE, text=True
+    ) as program:
+        try:
+            output = program.stdout
+            assert output
+            # It says nothing before the first message: one of these is published when it follows.
+            done: list[str] = []
+            reading = Thread(target=lambda: done.append(output.readline()))
+            reading.start()
+            while not done and program.poll() is None:
+                get(f"{site}/rooms/rename/?name=Nine", cookie=f"sessionid={member}")
+                reading.join(0.1)
+            reading.join()
+            assert done == ["{'name': 'Nine'}\n"]
+        finally:
+            program.kill()
 
 
 def test_the_routes_are_listed_with_their_kinds(project: Path) -> None:
@@ -256,7 +377,7 @@ def test_the_project_passes_its_system_checks(project: Path) -> None:
 def test_the_program_answers_without_a_project(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    program = samples()["program.py"].replace("8888", str(port))
+    program = samples(README)["program.py"].replace("8888", str(port))
     path = tmp_path / "program.py"
     path.write_text(re.sub(r"( +)try:\n", r"\1print('ready', flush=True)\n\1try:\n", program))
     with subprocess.Popen(
@@ -283,14 +404,16 @@ def settings_table() -> str:
 
 def _rows(cls: Any) -> Iterator[tuple[str, str, str]]:
     prefix = "COMET." if cls is CometConfig else ""
-    for field in dataclasses.fields(cls):
+    fields: Any = dataclasses.fields(cls)
+    for field in fields:
         if field.name == "COMET":
             continue
         default = field.default
         if default is dataclasses.MISSING:
-            default = field.default_factory()  # type: ignore[misc]
+            default = field.default_factory()
         unit = field.metadata["unit"]
-        shown = f"``{default}``" + (f" {unit}" if unit else "")
+        shown = f"``{default}``" if default != "" else '``""``'
+        shown += f" {unit}" if unit else ""
         yield f"``{prefix}{field.name}``", shown, field.metadata["help"]
 
 
@@ -304,6 +427,23 @@ def test_the_table_of_faults_names_tests_that_are_there() -> None:
     there = (ROOT / "tests" / "test_db_faults.py").read_text("utf-8")
     assert len(named) > 20
     assert not {name for name in named if f"async def {name}(" not in there}
+
+
+def test_the_tables_of_comet_name_tests_that_are_there() -> None:
+    named = set(re.findall(r"``(test_\w+)``", COMET))
+    files = [*(ROOT / "tests").glob("test_comet*.py"), ROOT / "tests" / "test_websockets.py"]
+    there = "\n".join(path.read_text("utf-8") for path in files)
+    assert len(named) > 50
+    assert not {name for name in named if f"def {name}(" not in there}
+
+
+def test_the_bounds_of_comet_are_settings() -> None:
+    bounds = COMET.partition("\nBounds\n")[2].partition("\nWhen something fails\n")[0]
+    named = set(re.findall(r"``([A-Z_]+)``", bounds))
+    assert len(named) > 15
+    assert named <= {
+        field.name for cls in (Config, CometConfig) for field in dataclasses.fields(cls)
+    }
 
 
 if __name__ == "__main__":
