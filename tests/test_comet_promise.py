@@ -256,7 +256,7 @@ class Promise(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, name="promise")
+        self.thread = threading.Thread(target=self.loop.run_forever, name="promise", daemon=True)
         self.thread.start()
         self.tag = uuid.uuid4().hex
         self.names = [f"{kind}:{self.tag}" for kind in (OPEN, SHORT, LATEST, GUARDED)]
@@ -269,12 +269,22 @@ class Promise(RuleBasedStateMachine):
         self.revoked: Position | None = None
         self.hubs = [self.process() for _ in range(2 if self.server else 1)]
         for hub in self.hubs:
-            self.call(hub.ready())
+            self.call(self.ready(hub))
         for request in (None, _request()):
             for names in (self.names, self.names[:2], self.names[3:]):
                 client = Client(self, names, request)
                 self.clients.append(client)
                 self.call(client.poll(self.hubs[0], 0))
+
+    async def ready(self, hub: Hub) -> None:
+        """Also on a machine on which a second, the TIMEOUT here, is not enough."""
+        deadline = time.monotonic() + PATIENCE
+        while not hub.is_ready:
+            try:
+                await hub.ready()
+            except BrokerUnavailable:
+                if time.monotonic() > deadline:
+                    raise
 
     def process(self) -> Hub:
         hub = Hub(get_config().COMET, None if self.server is None else self.server.broker())
@@ -412,7 +422,7 @@ class Promise(RuleBasedStateMachine):
         ours, theirs = socket.socketpair()
         new.expect(theirs)
         old.hand_over(ours)
-        self.call(new.ready())
+        self.call(self.ready(new))
         self.end_streams()
         old.close(PATIENCE)
         self.hubs[0] = new
