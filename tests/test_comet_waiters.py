@@ -120,6 +120,20 @@ async def test_many_are_woken_in_order_and_others_have_their_turn_between(waiter
 
 
 @pytest.mark.gen_test
+async def test_a_crowd_that_is_being_woken_holds_up_no_other_channel(waiters: Waiters) -> None:
+    woken: list[str] = []
+    crowd = [_park(waiters, "a", done=lambda: woken.append("a")) for _ in range(1000)]
+    other = _park(waiters, "b", done=lambda: woken.append("b"))
+    await _turns()
+    waiters.notify(["a"])
+    await _turns()
+    waiters.notify(["b"])
+    await asyncio.gather(other, *crowd)
+    assert len(woken) == 1001
+    assert woken.index("b") < 500
+
+
+@pytest.mark.gen_test
 async def test_burst_from_a_thread_wakes_once(waiters: Waiters) -> None:
     wakes = 0
 

@@ -78,7 +78,8 @@ class _Parked:
         self.waiters: dict[Waiter, None] = {}
         self.dirty: set[str] = set()
         self.draining = False
-        self.queue: deque[Waiter] = deque()
+        #: Who is to be woken: of each channel's waiters some have their turn, and then those of the next one.
+        self.queue: deque[deque[Waiter]] = deque()
         self.spread = 0.0
 
     def add(self, waiter: Waiter) -> None:
@@ -173,14 +174,23 @@ class Waiters:
     def _enqueue(
         self, loop: asyncio.AbstractEventLoop, parked: _Parked, waiters: Collection[Waiter]
     ) -> None:
+        if not waiters:
+            return
         idle = not parked.queue
-        parked.queue.extend(waiters)
-        if idle and parked.queue:
+        parked.queue.append(deque(waiters))
+        if idle:
             self._wake_slice(loop, parked)
 
     def _wake_slice(self, loop: asyncio.AbstractEventLoop, parked: _Parked) -> None:
-        for _ in range(min(_SLICE, len(parked.queue))):
-            parked.queue.popleft().wake()
+        left = _SLICE
+        while left and parked.queue:
+            waiters = parked.queue.popleft()
+            share = min(max(left // (len(parked.queue) + 1), 1), len(waiters))
+            for _ in range(share):
+                waiters.popleft().wake()
+            left -= share
+            if waiters:
+                parked.queue.append(waiters)
         if parked.queue:
             loop.call_soon(self._wake_slice, loop, parked)
 
