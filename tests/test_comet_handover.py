@@ -101,9 +101,9 @@ async def test_a_grant_that_was_revoked_stays_so() -> None:
     granted = old.present()
     publish(old, draft(REVOKED, ROOM.name))
     await handed_over(old, new)
-    assert new.revoked_since(ROOM.name, granted)
-    assert not new.revoked_since(SHORT.name, granted)
-    assert not new.revoked_since(ROOM.name, new.present())
+    assert new.revoked([(ROOM.name, granted)])
+    assert not new.revoked([(SHORT.name, granted)])
+    assert not new.revoked([(ROOM.name, new.present())])
     old.close(5)
 
 

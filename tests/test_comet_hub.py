@@ -495,10 +495,10 @@ def test_revocations_that_are_forgotten_count_for_everyone(monkeypatch: pytest.M
     names = [f"open:{n}" for n in range(3)]
     for name in (names[0], names[1], names[0], names[2]):
         publish(one, revocation(name))
-    assert all(one.revoked_since(name, start) for name in (*names, "open:other"))
-    assert one.revoked_since("open:other", Position(start.epoch, 1))
-    assert not one.revoked_since("open:other", Position(start.epoch, 2))
-    assert not one.revoked_since(names[2], one.present())
+    assert one.revoked((name, start) for name in (*names, "open:other")) == {*names, "open:other"}
+    assert one.revoked([("open:other", Position(start.epoch, 1))])
+    assert not one.revoked([("open:other", Position(start.epoch, 2))])
+    assert not one.revoked([(names[2], one.present())])
 
 
 # Audiences

@@ -98,7 +98,7 @@ def binding(request: HttpRequest) -> bytes:
     """A digest of what the client shows of itself."""
     shown = (
         request.COOKIES.get(settings.SESSION_COOKIE_NAME, ""),
-        request.headers.get("Authorization", ""),
+        request.META.get("HTTP_AUTHORIZATION", ""),
         request.META.get("REMOTE_USER", ""),
     )
     data = "\0".join(shown).encode("utf-8", "surrogatepass")

@@ -23,12 +23,12 @@ from operator import attrgetter
 from typing import Any
 
 from tornjango.comet import brokers, channels
+from tornjango.comet.attendance import FAREWELLS, PRESENCE, Presence
 from tornjango.comet.brokers.base import Broker, Draft
 from tornjango.comet.brokers.memory import MemoryBroker
 from tornjango.comet.handover import Inheritance, Successor, read, write
 from tornjango.comet.log import Channel, Limits, Logs, Message, Position, Reading, Snapshot
 from tornjango.comet.outbox import FIRST_PAUSE, LAST_PAUSE, Outbox
-from tornjango.comet.attendance import FAREWELLS, PRESENCE, Presence
 from tornjango.comet.roll import Member
 from tornjango.comet.waiters import Waiters
 from tornjango.conf import CometConfig, get_config
@@ -49,6 +49,8 @@ REVOCATIONS = 10_000
 #: Threads in which a broker is asked for what the logs do not reach back to.
 FETCHERS = 4
 
+#: What readers that stand in the same place are told is read once for so many places, and for so many seconds.
+READINGS, READING_LASTS = 8, 0.05
 
 #: What a channel's rate is of, in seconds.
 MINUTE = 60.0
@@ -70,6 +72,7 @@ class Hub:
             broker=broker is not None,
         )
         self._listeners: dict[str, tuple[Limits, list[Listener]]] = {}
+        self._readings: dict[object, tuple[Reading, float]] = {}
         self._begun = threading.Event()
         self._stopping = threading.Event()
         self._tail: threading.Thread | None = None
@@ -78,7 +81,7 @@ class Hub:
         # Not the workers: those may all be busy with what waits for this.
         self._fetchers = ThreadPoolExecutor(FETCHERS, "tornjango-backlog")
         self._revoked: OrderedDict[str, int] = OrderedDict()
-        self._revoked_floor = 0
+        self._revoked_floor = self._last_revocation = 0
         self._losses: dict[str, tuple[str, float]] = {}
         self._tail_pause = FIRST_PAUSE
         #: How long the newest message took from the broker to here, in seconds.
@@ -210,17 +213,28 @@ class Hub:
         woken. Until then they stand where they stood, as if there were nothing new.
         """
         await self.ready()
-        config = get_config().COMET
         with self._lock:
-            reading = self._logs.read(
-                since,
-                now=time.monotonic(),
-                count=config.MESSAGES_PER_ANSWER,
-                size=config.BYTES_PER_ANSWER,
-            )
-            for channel in since:
-                if channel.name in reading.missing:
-                    self._begin_fetch(channel)
+            reading = self._read_logs(since)
+            if reading.missing:
+                for channel in since:
+                    if channel.name in reading.missing:
+                        self._begin_fetch(channel)
+        return reading
+
+    def _read_logs(self, since: Mapping[Channel, Position]) -> Reading:
+        """One reading for all of a crowd that stand in the same place: nobody may change it."""
+        config = get_config().COMET
+        count, size = config.MESSAGES_PER_ANSWER, config.BYTES_PER_ANSWER
+        now = time.monotonic()
+        # What lies between two positions never changes: it is only forgotten, and that may be a moment later.
+        asked = tuple(since.items()), self._logs.end, count, size
+        reading, until = self._readings.get(asked, (None, 0.0))
+        if reading is None or now >= until:
+            reading = self._logs.read(since, now=now, count=count, size=size)
+            if len(self._readings) >= READINGS:
+                self._readings.clear()
+            if not reading.missing:
+                self._readings[asked] = reading, now + READING_LASTS
         return reading
 
     def _begin_fetch(self, channel: Channel) -> None:
@@ -261,19 +275,24 @@ class Hub:
 
     # Revoking
 
-    def revoked_since(self, name: str, granted: Position) -> bool:
-        """Whether a grant for a channel has ended that was given when the logs stood there."""
+    def revoked(self, granted: Iterable[tuple[str, Position]]) -> set[str]:
+        """The channels for which a grant has ended that was given when the logs stood there."""
         with self._lock:
-            if granted.epoch != self._logs.epoch:
-                return True
-            # Who may not read a channel may not read who is there.
-            names = name, name.removesuffix(channels.COMPANION)
-            return any(granted.offset < self._revoked.get(it, self._revoked_floor) for it in names)
+            return {name for name, position in granted if self._is_revoked(name, position)}
+
+    def _is_revoked(self, name: str, granted: Position) -> bool:
+        if granted.epoch != self._logs.epoch:
+            return True
+        if granted.offset >= self._last_revocation:
+            return False
+        # Who may not read a channel may not read who is there.
+        names = name, name.removesuffix(channels.COMPANION)
+        return any(granted.offset < self._revoked.get(it, self._revoked_floor) for it in names)
 
     def _remember_revocation(self, message: Message) -> None:
         """In one step with its append: no reader has what was published after it, and does not know of it."""
         name = str(message.data)
-        self._revoked[name] = message.offset
+        self._revoked[name] = self._last_revocation = message.offset
         self._revoked.move_to_end(name)
         if len(self._revoked) > REVOCATIONS:
             self._revoked_floor = self._revoked.popitem(last=False)[1]
@@ -284,7 +303,7 @@ class Hub:
 
     def _remember_revocations(self, floor: int, messages: Iterable[Message]) -> None:
         self._revoked.clear()
-        self._revoked_floor = floor
+        self._revoked_floor = self._last_revocation = floor
         for message in messages:
             self._remember_revocation(message)
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,9 +17,9 @@ from django.http import Http404, HttpRequest
 from django.utils.functional import SimpleLazyObject, empty
 
 from tornjango.comet import channels, cursors, grants
+from tornjango.comet.attendance import make_member, member_id
 from tornjango.comet.hub import Hub, get_hub
 from tornjango.comet.log import Audience, Channel, Message, Position, Reading
-from tornjango.comet.attendance import make_member, member_id
 from tornjango.comet.roll import Member
 from tornjango.comet.waiters import Waiter
 from tornjango.conf import get_config
@@ -242,16 +242,15 @@ class Reader:
 
     # What it may
 
-    async def _authorise(self, matches: Iterable[channels.Match], present: Position) -> None:
+    async def _authorise(self, matches: Sequence[channels.Match], present: Position) -> None:
         if self.request is None:
             return
-        asked: list[channels.Match] = []
-        for match in matches:
-            name = match.channel.name
-            if self._grant.covers(name) and not self.hub.revoked_since(name, self._grant.position):
-                self._granted[name] = _Yes(self._grant.position, self._grant.expires)
-            else:
-                asked.append(match)
+        covered = [it.channel.name for it in matches if self._grant.covers(it.channel.name)]
+        revoked = self.hub.revoked((name, self._grant.position) for name in covered)
+        yes = _Yes(self._grant.position, self._grant.expires)
+        granted = {name: yes for name in covered if name not in revoked}
+        self._granted |= granted
+        asked = [match for match in matches if match.channel.name not in granted]
         if asked:
             await channels.authorise(self.request, asked)
             self._take_yes(asked, present)
@@ -266,8 +265,7 @@ class Reader:
         return {name: self._granted[name] for name in self.channels if name in self._granted}
 
     def _revoked(self) -> set[str]:
-        said = self._said().items()
-        return {name for name, yes in said if self.hub.revoked_since(name, yes.position)}
+        return self.hub.revoked((name, yes.position) for name, yes in self._said().items())
 
     def _expired(self) -> set[str]:
         soon = time.time() + self._earlier
@@ -343,7 +341,7 @@ class Reader:
         """The answer, where one is due; else, whether to look again at once. A parked reader keeps nothing of it."""
         since = dict(self._positions)
         reading = await self.hub.read(since)
-        messages = reading.messages
+        messages = list(reading.messages)
         if any(message.audience is not None for message in messages):
             messages = await self._for_me(messages)
         if self.superseded:
