@@ -6,11 +6,11 @@ TornjangoError
 ├── Overloaded              a bounded queue is full, or waiting in it took too long: 503, Retry-After
 ├── TemplateQueryError      a template would have queried the database in the middle of rendering
 └── CometError
-    ├── InvalidCursor       not a cursor of ours: 400
+    ├── InvalidCursor       not a cursor of ours: 400 (also Django's BadRequest)
     ├── UnknownChannel      no declared channel has this name: 404
-    ├── ChannelForbidden    the channel's authoriser said no: 403
+    ├── ChannelForbidden    the channel's authoriser said no: 403 (also Django's PermissionDenied)
     ├── TooManyMessages     a client publishes more than it may: 429, Retry-After
-    └── BrokerUnavailable   the broker cannot be reached, or does not answer: 503, Retry-After
+    └── BrokerUnavailable   the broker cannot be reached, or does not answer: 503, Retry-After (also Overloaded)
 
 Errors of a database keep Django's own classes (``django.db.utils``), whatever engine ran the query.
 """
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from django.core.exceptions import ImproperlyConfigured
+from django.core.exceptions import BadRequest, ImproperlyConfigured, PermissionDenied
 
 
 class TornjangoError(Exception):
@@ -55,7 +55,7 @@ class CometError(TornjangoError):
     status = 400
 
 
-class InvalidCursor(CometError):
+class InvalidCursor(CometError, BadRequest):
     """The cursor was not made by this project, or was changed on its way."""
 
 
@@ -65,7 +65,7 @@ class UnknownChannel(CometError):
     status = 404
 
 
-class ChannelForbidden(CometError):
+class ChannelForbidden(CometError, PermissionDenied):
     """The channel's authoriser refused this request. ``channels`` names those, of a reader, that it may read no longer."""
 
     status = 403
@@ -85,10 +85,13 @@ class TooManyMessages(CometError):
         self.retry_after = retry_after
 
 
-class BrokerUnavailable(CometError):
+class BrokerUnavailable(CometError, Overloaded):
     """The broker cannot be reached, or has not answered in time; a client is answered 503.
 
     A message that was being published may have arrived all the same, or not at all; never twice.
     """
 
     status = 503
+
+    def __init__(self, message: str, *, retry_after: int = 2) -> None:
+        super().__init__(message, retry_after=retry_after)

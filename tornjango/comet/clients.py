@@ -22,10 +22,9 @@ from django.views.decorators.csrf import csrf_exempt
 
 from tornjango.comet import channels, publishing
 from tornjango.comet.publishing import Event
-from tornjango.comet.views import HEADERS, RETRY_AFTER, in_no_transaction, length_of, not_allowed
+from tornjango.comet.views import HEADERS, in_no_transaction, length_of, not_allowed
 from tornjango.conf import get_config
 from tornjango.exceptions import (
-    BrokerUnavailable,
     ChannelForbidden,
     CometError,
     Overloaded,
@@ -59,11 +58,11 @@ def refusal(error: Exception) -> Refusal | None:
     """None for what is no refusal, but a fault."""
     if isinstance(error, TooManyMessages):
         return Refusal(error.status, str(error), error.retry_after)
-    if isinstance(error, BrokerUnavailable | Overloaded):
+    if isinstance(error, Overloaded):
         # The reason names servers and settings: it is for the log.
         logger.warning("A client of channels is answered 503: %s", error)
         reason = "The channels cannot be reached at the moment. Please try again later."
-        return Refusal(503, reason, getattr(error, "retry_after", RETRY_AFTER))
+        return Refusal(503, reason, error.retry_after)
     if isinstance(error, CometError):
         return Refusal(error.status, str(error))
     if isinstance(error, PermissionDenied):

@@ -20,7 +20,7 @@ from django.views.decorators.csrf import csrf_exempt
 from tornjango import comet
 from tornjango.comet import events
 from tornjango.comet.readers import Reader
-from tornjango.exceptions import BrokerUnavailable, CometError, Overloaded
+from tornjango.exceptions import CometError, Overloaded
 
 logger = logging.getLogger("tornjango.comet")
 
@@ -37,9 +37,6 @@ _STREAM_HEADERS = {
     "Cache-Control": "no-store, no-transform",
     "Content-Encoding": "identity",
 }
-
-# Seconds, for a broker that is away.
-RETRY_AFTER = 2
 
 View = TypeVar("View", bound=Callable[..., Any])
 
@@ -121,8 +118,6 @@ def length_of(request: HttpRequest) -> int:
 def _refuse_for(error: CometError | Overloaded) -> HttpResponse:
     if isinstance(error, Overloaded):
         return _refuse_for_now(error, error.retry_after)
-    if isinstance(error, BrokerUnavailable):
-        return _refuse_for_now(error, RETRY_AFTER)
     return refuse(error.status, str(error))
 
 
