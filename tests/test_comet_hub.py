@@ -31,7 +31,7 @@ from tornjango import comet
 from tornjango.comet import hub as hubs
 from tornjango.comet.brokers.base import Broker, Draft
 from tornjango.comet.hub import REVOKED, Hub
-from tornjango.comet.log import Audience, Channel, Limits, Message, Position
+from tornjango.comet.log import Audience, Channel, Limits, Logs, Message, Position
 from tornjango.comet.publishing import encode
 from tornjango.comet.readers import Reader
 from tornjango.conf import get_config
@@ -499,6 +499,67 @@ def test_revocations_that_are_forgotten_count_for_everyone(monkeypatch: pytest.M
     assert one.revoked([("open:other", Position(start.epoch, 1))])
     assert not one.revoked([("open:other", Position(start.epoch, 2))])
     assert not one.revoked([(names[2], one.present())])
+
+
+# Crowds
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What the logs were read for, as often as they were."""
+    calls: list[object] = []
+    read = Logs.read
+
+    def count(logs: Logs, since: Any, **bounds: Any) -> Any:
+        calls.append(since)
+        return read(logs, since, **bounds)
+
+    monkeypatch.setattr(Logs, "read", count)
+    monkeypatch.setattr(hubs, "READING_LASTS", FAR)
+    return calls
+
+
+@pytest.mark.gen_test
+async def test_a_crowd_that_stands_in_one_place_is_read_for_once_and_shares_nothing(
+    name: str, counted: list[object]
+) -> None:
+    one = Hub(get_config().COMET, None)
+    readers = [await reader_at(one, None, name) for _ in range(10)]
+    waiting = [await parked(reader) for reader in readers]
+    publish(one, draft(name, 1))
+    answers = await asyncio.gather(*waiting)
+    assert [data(answer) for answer in answers] == [[1]] * 10
+    assert len(counted) == 2  # before it, and after
+    answers[0].messages.clear()
+    assert data(answers[1]) == [1]
+
+
+@pytest.mark.gen_test
+async def test_what_was_read_counts_until_there_is_something_new_and_not_for_long(
+    name: str, counted: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Hub(get_config().COMET, None)
+    since = {channel(name): one.present()}
+    for n in range(3):
+        for _ in range(2):
+            assert [message.data for message in (await one.read(since)).messages] == [*range(n)]
+        publish(one, draft(name, n))
+    assert len(counted) == 3
+    monkeypatch.setattr(hubs, "READING_LASTS", 0)
+    for _ in range(2):
+        await one.read({channel(name): one.present()})
+    assert len(counted) == 5
+
+
+@pytest.mark.gen_test
+async def test_what_was_read_for_others_is_kept_for_a_few_places_only(
+    name: str, counted: list[object]
+) -> None:
+    one = Hub(get_config().COMET, None)
+    for n in range(3 * hubs.READINGS):
+        await one.read({channel(f"{name}-{n}"): one.present()})
+        assert len(one._readings) <= hubs.READINGS
+    assert len(counted) == 3 * hubs.READINGS
 
 
 # Audiences
