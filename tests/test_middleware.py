@@ -1,23 +1,31 @@
 from __future__ import annotations
 
+import asyncio
+import random
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from asgiref.sync import iscoroutinefunction
 from django.conf import settings
 from django.contrib.auth.middleware import RemoteUserMiddleware
 from django.contrib.auth.models import User
-from django.http import HttpRequest, HttpResponse
+from django.core.exceptions import PermissionDenied
+from django.core.handlers.base import BaseHandler
+from django.http import Http404, HttpRequest, HttpResponse
 from django.middleware.common import CommonMiddleware
-from django.test import AsyncClient, override_settings
-from django.utils.decorators import sync_and_async_middleware
+from django.template.response import SimpleTemplateResponse
+from django.test import AsyncClient, RequestFactory, override_settings
+from django.urls import path
+from django.utils.decorators import async_only_middleware, sync_and_async_middleware
 from django.utils.deprecation import MiddlewareMixin
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
 
 import tornjango
+from tests.serving import until
 from tests.threads import worker_calls
+from tornjango import middleware as chains
 
 DJANGOS = [
     "django.middleware.security.SecurityMiddleware",
@@ -266,9 +274,9 @@ async def test_arender_shows_the_user_who_is_logged_in(fetch: Any, database: Non
     client = AsyncClient()
     await client.aforce_login(user)
     cookie = f"{settings.SESSION_COOKIE_NAME}={client.cookies['sessionid'].value}"
-    for path in ("/user/", "/user-async/"):
-        assert (await fetch(path, headers={"Cookie": cookie})).body == b"user: ann"
-        assert (await fetch(path)).body == b"user: "
+    for page in ("/user/", "/user-async/"):
+        assert (await fetch(page, headers={"Cookie": cookie})).body == b"user: ann"
+        assert (await fetch(page)).body == b"user: "
 
 
 class ByHeader(RemoteUserMiddleware):
@@ -328,3 +336,151 @@ async def test_djangos_hooks_query_on_the_loop_and_a_subclass_of_theirs_in_a_thr
         assert (await fetch("/marked/", headers={"Cookie": cookie})).code == 200
     assert [thread == "MainThread" for _, thread in calls] == [False]
     assert len(handed) == 1  # its own hook, and the one it inherits
+
+
+# Django's own chain, and this one
+
+
+#: What each hook does in a test, by its middleware and its name: it raises, or it answers; the others do nothing.
+plan: dict[tuple[str, str], Exception | HttpResponse] = {}
+
+
+def act(who: str, what: str) -> HttpResponse | None:
+    note(f"{who} {what}")
+    action = plan.get((who, what))
+    if isinstance(action, Exception):
+        raise action
+    return action
+
+
+class Layer(MiddlewareMixin):
+    """As Django's own is written, and taken for Django's own: so it is not run in a worker thread together with the view."""
+
+    def process_request(self, request: HttpRequest) -> HttpResponse | None:
+        return act(type(self).__name__, "request")
+
+    def process_view(self, request: HttpRequest, *view: Any) -> HttpResponse | None:
+        return act(type(self).__name__, "view")
+
+    def process_exception(self, request: HttpRequest, exc: Exception) -> HttpResponse | None:
+        return act(type(self).__name__, "exception")
+
+    def process_template_response(self, request: HttpRequest, response: Any) -> Any:
+        return act(type(self).__name__, "template response") or response
+
+    def process_response(self, request: HttpRequest, response: HttpResponse) -> HttpResponse:
+        return act(type(self).__name__, "response") or response
+
+
+First = type("First", (Layer,), {"__module__": "django.first"})
+Second = type("Second", (Layer,), {"__module__": "django.second"})
+Third = type("Third", (Layer,), {"__module__": "django.third"})
+
+
+class Outwards(MiddlewareMixin):
+    """Third-party code that needs no thread around the view."""
+
+    def process_response(self, request: HttpRequest, response: HttpResponse) -> HttpResponse:
+        return act("Outwards", "response") or response
+
+
+class Rendered(SimpleTemplateResponse):
+    def __init__(self) -> None:
+        super().__init__("")
+
+    @property
+    def rendered_content(self) -> str:
+        note("rendered")
+        return "rendered"
+
+
+async def acting(request: HttpRequest) -> HttpResponse:
+    return act("View", "view") or HttpResponse("the view's")
+
+
+WAYS = {"called": lambda *args: False, "green": lambda *args: True, "in a thread": None}
+CHAIN = ["First", "both", "Second", "Third", "Outwards"]
+
+
+def some_plan(chance: random.Random) -> dict[tuple[str, str], Any]:
+    """Of all that may happen in a request to the chain, one to four things."""
+    hooks = ["request", "view", "exception", "template response", "response"]
+    places = [(who, what) for who in ("First", "Second", "Third") for what in hooks]
+    places += [("View", "view")] * 8 + [("Outwards", "response")]
+    found: dict[tuple[str, str], Any] = {}
+    for who, what in chance.sample(places, chance.randint(1, 4)):
+        actions = [ValueError("broken"), Http404("lost"), PermissionDenied(), HttpResponse(who)]
+        found[who, what] = chance.choice([*actions, Rendered()] if what == "view" else actions)
+    return found
+
+
+async def outcome(chain: BaseHandler) -> tuple[list[str], int, bytes]:
+    """What happens, in its order, and what is answered."""
+    calls.clear()
+    response: Any = await chain.get_response_async(RequestFactory().get("/acting/"))
+    return [what for what, _ in calls], response.status_code, response.content
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("way", WAYS)
+async def test_whatever_happens_between_layers_is_as_in_djangos_own_chain(
+    way: str, monkeypatch: pytest.MonkeyPatch, error_log: list[Any]
+) -> None:
+    for hook in ("process_request", "process_response"):
+        if (waits := WAYS[way]) is not None:
+            monkeypatch.setitem(chains.WAITS, f"{__name__}.Layer.{hook}", waits)
+    chance = random.Random(way)
+    with override_settings(ROOT_URLCONF=__name__):
+        for _ in range(40):
+            names = chance.sample(CHAIN, chance.randint(1, len(CHAIN)))
+            with override_settings(MIDDLEWARE=list(map(here, names))):
+                djangos = BaseHandler()
+                djangos.load_middleware(is_async=True)
+                chain = chains.Chain({})
+            seed = chance.random()
+            outcomes = []
+            for each in (djangos, chain):
+                plan.clear()
+                plan.update(some_plan(random.Random(seed)))
+                outcomes.append(await outcome(each))
+            assert outcomes[0] == outcomes[1], (names, plan)
+    error_log.clear()
+
+
+async def waiting(request: HttpRequest) -> HttpResponse:
+    note("waiting")
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+@async_only_middleware
+def cancelled(get_response: Any) -> Any:
+    async def middleware(request: HttpRequest) -> HttpResponse:
+        try:
+            return cast(HttpResponse, await get_response(request))
+        except asyncio.CancelledError:
+            note("cancelled")
+            raise
+
+    return middleware
+
+
+@pytest.mark.gen_test
+async def test_a_view_that_is_cancelled_is_so_for_middleware_and_nothing_is_answered() -> None:
+    calls.clear()
+    plan.clear()
+    with override_settings(
+        ROOT_URLCONF=__name__,
+        MIDDLEWARE=list(map(here, ["First", "cancelled", "Second", "Third"])),
+    ):
+        chain = chains.Chain({})
+        request = RequestFactory().get("/waiting/")
+        task = asyncio.ensure_future(chain.get_response_async(request))
+        await until(lambda: "waiting" in dict(calls))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert [what for what, _ in calls][-2:] == ["waiting", "cancelled"]
+
+
+urlpatterns = [path("acting/", acting), path("waiting/", waiting)]

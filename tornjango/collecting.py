@@ -33,4 +33,5 @@ def seldom() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-        gc.set_threshold(*before)
+        if gc.get_threshold() == THRESHOLDS:
+            gc.set_threshold(*before)
