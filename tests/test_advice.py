@@ -231,7 +231,10 @@ def test_threads_that_open_connections_again_and_again_are_noted(
         ({}, {"pool": {"max_size": 20}}, "30 connections (10 of the pool, 20 of worker threads)."),
     ],
 )
-def test_connections_are_added_up(options: Any, pool: Any, fact: str) -> None:
+def test_connections_are_added_up(
+    options: Any, pool: Any, fact: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channels, "_declared", {})
     with database(OPTIONS=pool):
         (found,) = (e for e in _of_default(Config(**options)) if "at most" in e.fact)
     assert f"default: at most {fact}" in found.fact
