@@ -40,7 +40,9 @@ def test_cursor_of_all_allowed_channels_with_the_longest_names_is_accepted() -> 
 
 
 def test_cursor_for_more_channels_than_allowed_is_refused() -> None:
-    cursor = cursors.encode({f"{n}": HERE for n in range(get_config().COMET.CHANNELS_PER_CLIENT + 1)})
+    cursor = cursors.encode(
+        {f"{n}": HERE for n in range(get_config().COMET.CHANNELS_PER_CLIENT + 1)}
+    )
     with pytest.raises(InvalidCursor, match="too long"):
         cursors.decode(cursor, ["1"])
 
