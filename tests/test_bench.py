@@ -431,14 +431,18 @@ ANSWER = '{"messages":[{"data":{"at":%s}},{"data":{"at":%s}}],"cursor":"c","gaps
 async def follow_rooms(transport: str, begin: bytes, wrap: Callable[[bytes], bytes]) -> Heard:
     """Two clients of a server that answers them at once, and then tells each of two messages, with one answer."""
     loop = asyncio.get_running_loop()
+    left: list[asyncio.Future[None]] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        left.append(gone := loop.create_future())
         await reader.readuntil(b"\r\n\r\n")
         empty = '{"messages":[],"cursor":"c","gaps":[],"more":false,"grant":"g"}'
         writer.write(begin + wrap(empty.encode()))
         writer.write(wrap((ANSWER % (loop.time() - 0.25, loop.time())).encode()))
         await reader.read()
         writer.close()
+        await writer.wait_closed()
+        gone.set_result(None)
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     async with server:
@@ -447,6 +451,7 @@ async def follow_rooms(transport: str, begin: bytes, wrap: Callable[[bytes], byt
         await members.connect()
         outcome = await members.finish(4)
         members.hang_up()
+        await asyncio.gather(*left)
     return outcome
 
 

@@ -164,8 +164,8 @@ def test_the_suite_is_run_and_its_part_about_databases_with_psycopg_3_too(
     path = f"{fake_python.parent}:{os.environ['PATH']}"
     result = run("bin/test", PYTHON=str(fake_python), PATH=path, PYTHONPATH="", FAILS=fails)
     first, _, second = result.stdout.splitlines()
-    assert first == "path= tests=-n 2 --dist loadfile"
-    assert second.startswith(f"path={tmp_path}/psycopg tests=-n 2 --dist loadfile tests/test_db_")
+    assert first == "path= tests=-n 3 --dist loadfile"
+    assert second.startswith(f"path={tmp_path}/psycopg tests=-n 3 --dist loadfile tests/test_db_")
     assert "tests/test_db_engines_psycopg.py" in second
     assert result.returncode == int(fails)
 

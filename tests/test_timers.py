@@ -85,6 +85,28 @@ async def test_a_look_may_set_the_next_deadline_and_drop_others() -> None:
 
 
 @pytest.mark.gen_test
+async def test_what_a_look_drops_or_puts_off_is_not_looked_at_in_the_same_turn() -> None:
+    import time
+
+    wheel = Wheel(0.001)
+    dropped, put_off, last = Item(wheel), Item(wheel), Item(wheel)
+
+    class First(Item):
+        def look(self, now: float) -> None:
+            super().look(now)
+            wheel.drop(dropped)
+            wheel.set(put_off, now + 60)
+
+    wheel.set(First(wheel), now())
+    for number, item in enumerate((dropped, put_off, last), 1):
+        wheel.set(item, now() + number * 0.002)
+    time.sleep(0.02)  # noqa: ASYNC251  the loop is held up, so that all are due in one turn
+    await last.looked.wait()
+    assert (dropped.looks, put_off.looks) == ([], [])
+    wheel.close()
+
+
+@pytest.mark.gen_test
 async def test_a_loop_that_was_held_up_misses_nothing() -> None:
     import time
 

@@ -28,6 +28,7 @@ class Wheel:
         self.tick = tick
         self._loop = asyncio.get_running_loop()
         self._slots: dict[int, set[Timed]] = {}
+        self._due_now: set[Timed] = set()
         self._turned = self._slot(self._loop.time())
         self._timer: asyncio.TimerHandle | None = None
 
@@ -41,6 +42,7 @@ class Wheel:
 
     def drop(self, item: Timed) -> None:
         """Forgets an item; a second time does nothing."""
+        self._due_now.discard(item)
         if item.slot:
             items = self._slots[item.slot]
             items.discard(item)
@@ -68,10 +70,15 @@ class Wheel:
         due = self._due(int(now / self.tick))
         for item in due:
             item.slot = 0
+        # Less those that the look of another has dropped, or put off.
+        self._due_now.update(due)
         for item in due:
+            if item not in self._due_now:
+                continue
+            self._due_now.discard(item)
             if item.deadline <= now:
                 item.look(now)
-            elif not item.slot:
+            else:
                 self._add(item, self._slot(item.deadline))
         if self._slots and self._timer is None:
             self._timer = self._loop.call_later(self.tick, self._turn)
