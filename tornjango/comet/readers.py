@@ -136,6 +136,8 @@ class Reader:
         self._new_grant = False
         self._identity: _Identity | None = None
         self._waiter: Waiter | None = None
+        # Whether it has read all there was: until its waiter is woken there is nothing new.
+        self._has_all = False
         # Who it is to others, and the channels in which it counts as present.
         self._member: Member | None = None
         self._present: set[str] = set()
@@ -182,7 +184,7 @@ class Reader:
     def parked(self) -> Iterator[None]:
         """Inside, `next` is woken by what is published: as long as the client is there."""
         with self.hub.waiters.registered(list(self.channels)) as waiter:
-            self._waiter = waiter
+            self._waiter, self._has_all = waiter, False
             try:
                 with self.hub.waiters.known(self):
                     self._attend()
@@ -330,12 +332,14 @@ class Reader:
         assert self._waiter is not None
         deadline = asyncio.get_running_loop().time() + timeout
         while True:
+            if self._has_all:
+                await self._waiter.wait(deadline)
+                self._has_all = False
             await self._authorise_again()
             answer, more = await self._look(deadline)
+            self._has_all = not more
             if answer is not None:
                 return answer
-            if not more:
-                await self._waiter.wait(deadline)
 
     async def _look(self, deadline: float) -> tuple[Answer | None, bool]:
         """The answer, where one is due; else, whether to look again at once. A parked reader keeps nothing of it."""
