@@ -239,6 +239,7 @@ class RedisBroker(Broker):
         self._log_keys = [self._key("head"), self._key("tail"), self._key("lasts")]
         # The append's own: a process that has just published something may not have seen it come yet.
         self._stored: Position | None = None
+        self._closed = False
         # The tail's own: the position and the mark of the last message that it has delivered.
         self._mark: tuple[Position, bytes] | None = None
         self._last = self._behind = 0
@@ -357,6 +358,7 @@ class RedisBroker(Broker):
         return {"server": self.server, "last": self._last, "behind": self._behind}
 
     def close(self) -> None:
+        self._closed = True
         self._pool.disconnect()
 
     def _key(self, name: str) -> str:
@@ -369,7 +371,10 @@ class RedisBroker(Broker):
     def _calling(self) -> Iterator[None]:
         try:
             yield
-        except (redis.RedisError, OSError) as error:
+        except Exception as error:
+            # Whose connection is closed by another thread, redis-py may fail in any way.
+            if not (self._closed or isinstance(error, (redis.RedisError, OSError))):
+                raise
             if isinstance(error, redis.ReadOnlyError):
                 # It is a replica now. Where the name leads to is asked again only for a new connection.
                 self._pool.disconnect(inuse_connections=False)
